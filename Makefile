@@ -1,0 +1,73 @@
+# Cohobate. `make demo` and `make test` are all you need; each prepares .venv by itself the first time.
+#
+#   make demo LOADER=dali-cpu         another image loader (auto, torch, dali-cpu, dali-gpu)
+#   make test PYTHON=python3.12       another Python
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                                     a CPU-only torch (on Linux the default one brings the CUDA libraries)
+
+PYTHON      ?= python3
+VENV        ?= .venv
+LOADER      ?= auto
+CACHE       ?= .cache
+TORCH_INDEX ?=
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.cohobate-installed
+EXTRAS  := dev,fast-cpu,eval
+ifeq ($(shell uname -s),Linux)
+EXTRAS  := $(EXTRAS),triton,dali
+endif
+PIP     := $(BIN)/python -m pip install -qq --disable-pip-version-check --progress-bar off -c constraints.txt
+SECONDS = $$(( $$(date +%s) - start ))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint native bench gpu-proof clean distclean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
+
+# torch goes first and alone: what follows then finds it installed and does not choose another build of it.
+$(STAMP): constraints.txt pyproject.toml setup.py
+	@echo "preparing $(VENV) (once; a few minutes and about 2 GB)"
+	@start=$$(date +%s); set -e; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch; \
+	$(PIP) setuptools wheel cmake ninja; \
+	COHOBATE_NATIVE=0 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'; \
+	touch $@; echo "prepared $(VENV) in $(SECONDS) s"
+
+native: $(STAMP) ## compile the C++ kernels into kernels/
+	@$(BIN)/python setup.py --quiet build_native --inplace
+
+demo: $(STAMP) native ## train the demo on generated JPEGs and write its report page
+	@$(BIN)/cohobate data make $(CACHE)/demo-images
+	@$(BIN)/cohobate train demo data.root=$(CACHE)/demo-images data.loader=$(LOADER) run=runs/demo
+
+test: $(STAMP) native lint ## everything that can be proved here: style, types, tests, Triton's interpreter
+	@echo "tests in Triton's interpreter"
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	@echo "tests"
+	@$(BIN)/python -m pytest
+
+# mypy does not follow editable installs, so it reads the tree through links that spell the installed names.
+TYPING := build/typing/cohobate
+lint: $(STAMP)   ## ruff and mypy
+	@$(BIN)/ruff check .
+	@rm -rf $(TYPING) && mkdir -p $(TYPING)
+	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels $(CURDIR)/benchmarks $(TYPING)/
+	@cd build/typing && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p cohobate
+
+bench: $(STAMP) native ## time the kernels on this CPU
+	@mkdir -p build
+	@$(BIN)/cohobate bench kernels --device cpu --json build/bench-kernels.jsonl
+
+gpu-proof: $(STAMP) native ## on a machine with a GPU: GPU tests and timings, as JSON lines
+	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python -m cohobate.benchmarks.gpu_proof
+
+clean:           ## remove what was built; keeps .venv, runs/ and the image cache
+	@rm -rf build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find engine kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv and the image cache
+	@rm -rf $(VENV) $(CACHE)
