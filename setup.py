@@ -68,12 +68,11 @@ def build_library(output: Path) -> None:
     configure += [f"-DCMAKE_PREFIX_PATH={prefix}", f"-DCOHOBATE_OUTPUT_DIR={output}"]
     if ninja is not None:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    # A cache made by another generator or from another source folder cannot be reused; the log tells what CMake said.
     for step in (configure, [cmake, "--build", str(work), "--config", "Release"]):
         done = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             sys.stderr.write(done.stdout)
-            raise NativeUnavailable(f"'{' '.join(step[:3])} ...' failed with exit code {done.returncode} (output above)")
+            raise NativeUnavailable(f"{' '.join(step[:3])} ... failed with code {done.returncode} (output above)")
     if not (output / LIBRARY).is_file():
         raise NativeUnavailable(f"CMake finished but left no {LIBRARY} in {output}")
 
@@ -109,7 +108,7 @@ class BuildNative(Command):
             build_library(self.output())
         except NativeUnavailable as reason:
             if wish == "1":
-                raise SystemExit(f"cohobate: COHOBATE_NATIVE=1, but the native kernels cannot be built: {reason}") from None
+                raise SystemExit(f"cohobate: COHOBATE_NATIVE=1, but the library cannot be built: {reason}") from None
             print(f"cohobate: native kernels not built: {reason}")
         else:
             print(f"cohobate: native kernels built: {self.output() / LIBRARY}")

@@ -32,4 +32,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_header() -> str:
-    return "Triton interpreter run: only tests marked `interpreter`" if INTERPRETED else "Triton interpreter tests: run apart"
+    return "only tests marked `interpreter`" if INTERPRETED else "without the tests marked `interpreter`"
