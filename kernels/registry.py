@@ -1,0 +1,189 @@
+"""What an op is: its registration with torch, its implementations, and the choice between them.
+
+An op has up to three implementations. ``reference`` is plain differentiable PyTorch and the specification; ``native``
+is C++ on the CPU; ``triton`` is CUDA (or any device under ``TRITON_INTERPRET=1``). The public function of an op asks
+:func:`choose` which one to use, calls the reference directly, or calls the torch op made by :func:`define` with the
+chosen name as its last argument. The name travels with the call, so that a backward pass uses what its forward used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cohobate.kernels import native, triton_support
+
+IMPLEMENTATIONS = ("reference", "native", "triton")
+LIBRARY = torch.library.Library("cohobate", "DEF")
+
+log = logging.getLogger("cohobate.kernels")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an op must move and compute: the floor that a benchmark measures against."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """One public op, as ``cohobate info`` lists it.
+
+    ``limits`` maps an implementation to a function of the call's facts (device type, dtypes and sizes as keyword
+    arguments) that returns the reasons why it cannot serve that call.
+    """
+
+    name: str
+    implementations: tuple[str, ...]
+    cost: Callable[..., Cost]
+    limits: dict[str, Callable[..., list[str]]] = field(default_factory=dict)
+
+
+OPS: dict[str, Op] = {}
+_overrides: list[str] = []
+_logged: set[tuple[str, str]] = set()
+
+
+def register(op: Op) -> Op:
+    """Add an op to the table that :func:`choose` and ``cohobate info`` read."""
+    OPS[op.name] = op
+    return op
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    native: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register ``cohobate::<schema>`` for CPU and CUDA and return the callable torch op.
+
+    ``schema`` ends with ``str impl``; the implementations get every argument but that one. Library.define + impl costs
+    half of what ``torch.library.custom_op`` costs a call.
+    """
+    name = schema.split("(", 1)[0]
+    table = {key: function for key, function in (("native", native), ("triton", triton)) if function is not None}
+
+    def run(*args: Any) -> Any:
+        return table[args[-1]](*args[:-1])
+
+    def run_fake(*args: Any) -> Any:
+        return fake(*args[:-1])
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"cohobate::{name}", run_fake, lib=LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.cohobate, name).default
+    return op
+
+
+def why_not(name: str, implementation: str, device: str, **facts: Any) -> list[str]:
+    """Reasons why ``implementation`` of op ``name`` cannot run on ``device`` ("cpu", "cuda", ...); empty when it can."""
+    op = OPS[name]
+    if implementation not in op.implementations:
+        return [f"{name} has no {implementation} implementation"]
+    reasons: list[str] = []
+    if implementation == "native":
+        reasons += native.why_not()
+        if device != "cpu":
+            reasons.append(f"native runs on the CPU, the tensors are on {device}")
+    if implementation == "triton":
+        reasons += triton_support.why_not(device)
+    limit = op.limits.get(implementation)
+    if limit is not None and facts:
+        reasons += limit(**facts)
+    return reasons
+
+
+def choose(name: str, tensor: torch.Tensor, backend: str | None = None, **facts: Any) -> str:
+    """Name of the implementation that serves this call: argument > :func:`use_backend` > COHOBATE_BACKEND > auto.
+
+    Auto takes the fast implementation of the tensor's device and falls back to the reference, saying so once.
+
+    Raises:
+        ValueError: ``backend`` is not a known name, or the one asked for by name cannot run (every reason is listed).
+    """
+    wanted = backend if backend is not None else _override()
+    return _resolve(name, tensor.device.type, wanted, tuple(sorted(facts.items())))
+
+
+def _override() -> str:
+    return _overrides[-1] if _overrides else _environment
+
+
+@torch.compiler.assume_constant_result
+def _resolve(name: str, device: str, wanted: str, facts: tuple[tuple[str, Any], ...]) -> str:
+    if wanted != "auto":
+        if wanted not in IMPLEMENTATIONS:
+            raise ValueError(f"backend: expected one of auto, {', '.join(IMPLEMENTATIONS)}; got {wanted!r}")
+        reasons = why_not(name, wanted, device, **dict(facts))
+        if reasons:
+            raise ValueError(f"backend: {wanted!r} cannot run {name}: {'; '.join(reasons)}")
+        return wanted
+    fast = "native" if device == "cpu" else "triton"
+    reasons = why_not(name, fast, device, **dict(facts))
+    if not reasons:
+        return fast
+    if (name, reasons[0]) not in _logged:
+        _logged.add((name, reasons[0]))
+        log.warning("%s runs as reference on %s: %s", name, device, "; ".join(reasons))
+    return "reference"
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every op inside the block with this backend (an argument of a call still wins).
+
+    Raises:
+        ValueError: ``backend`` is none of auto, reference, native, triton.
+    """
+    if backend not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"backend: expected one of auto, {', '.join(IMPLEMENTATIONS)}; got {backend!r}")
+    _overrides.append(backend)
+    try:
+        yield
+    finally:
+        _overrides.pop()
+
+
+def check_tensor(
+    argument: str,
+    tensor: torch.Tensor,
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    shape: Sequence[int | None] | None = None,
+    like: torch.Tensor | None = None,
+) -> None:
+    """Raise a one-line error naming ``argument`` unless the tensor has one of ``dtypes``, ``shape`` and ``like``'s device.
+
+    ``None`` inside ``shape`` allows any size.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(tensor).__name__}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{argument}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if shape is not None:
+        fits = tensor.dim() == len(shape) and all(e is None or e == s for e, s in zip(shape, tensor.shape, strict=True))
+        if not fits:
+            expected = ", ".join("any" if e is None else str(e) for e in shape)
+            raise ValueError(f"{argument}: expected shape [{expected}], got {list(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{argument}: expected device {like.device}, got {tensor.device}")
+
+
+_environment = os.environ.get("COHOBATE_BACKEND", "auto")
