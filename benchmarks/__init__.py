@@ -1,0 +1,1 @@
+"""Measured, self-checking benchmarks: what is timed, against what, and when a ratio may be printed."""

@@ -1,0 +1,174 @@
+"""How one call is timed on a CPU and on CUDA, and how several are interleaved."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+SHORTEST_SAMPLE_MS = 0.5  # a shorter sample is mostly the clock and the interpreter: the call is repeated inside it
+FLUSH_BYTES = 2**28  # written before every sample on CUDA: more than any card's L2, and long enough to hide a launch
+
+
+class Timeable(Protocol):
+    """What a timer needs of a provider."""
+
+    @property
+    def function(self) -> Callable[[], Any]: ...
+    @property
+    def reset(self) -> Callable[[], None] | None: ...
+    @property
+    def capture(self) -> bool: ...
+    @property
+    def copies(self) -> int: ...
+
+
+class Timer(Protocol):
+    """Turns a provider into a function that runs one sample and returns milliseconds a call."""
+
+    def prepare(self, provider: Timeable) -> Callable[[], float]: ...
+
+
+class CpuTimer:
+    """Wall time of a call; calls without a ``reset`` that are very short are repeated inside a sample."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def prepare(self, provider: Timeable) -> Callable[[], float]:
+        function, reset, clock = provider.function, provider.reset, self.clock
+
+        def sample(calls: int) -> float:
+            if reset is not None:
+                reset()
+            start = clock()
+            for _ in range(calls):
+                function()
+            return (clock() - start) * 1e3 / calls
+
+        once = sample(1)
+        once = min(once, sample(1)) if once < 1000 else once  # the first call pays for caches and allocations
+        calls = 1 if reset is not None else max(1, min(1000, round(SHORTEST_SAMPLE_MS / max(once, 1e-6))))
+        return lambda: sample(calls)
+
+
+class CudaTimer:
+    """Device time of a call with a cold L2: a CUDA graph of ``copies`` calls, replayed after a flush, between events.
+
+    A provider whose function walks through several input sets says how many (``copies``), so that together they exceed
+    the L2 cache. One that cannot be captured (it syncs, or makes graphs itself) says ``capture=False`` and is launched
+    eagerly between the same events.
+    """
+
+    def __init__(self) -> None:
+        self.scratch = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self.counter = itertools.count(1)
+
+    def prepare(self, provider: Timeable) -> Callable[[], float]:
+        function, reset, calls = provider.function, provider.reset, provider.copies
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm-up on a side stream, as CUDA graphs ask
+            for _ in range(max(3, calls)):
+                if reset is not None:
+                    reset()
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        run = function
+        if provider.capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(calls):
+                    function()
+            run = graph.replay
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        launches = 1 if provider.capture else calls
+
+        def sample() -> float:
+            if reset is not None:
+                reset()
+            self.scratch.fill_(next(self.counter))
+            begin.record()
+            for _ in range(launches):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            return float(begin.elapsed_time(end)) / calls
+
+        return sample
+
+
+def interleave(samplers: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """``rounds`` samples of each, in turns; the first of a round rotates, so that nobody always follows the same one."""
+    times: list[list[float]] = [[] for _ in samplers]
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            for offset in range(len(samplers)):
+                which = (turn + offset) % len(samplers)
+                times[which].append(samplers[which]())
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """Linear interpolation between the sorted values."""
+    if len(values) == 1:
+        return values[0]
+    ordered = sorted(values)
+    place = fraction * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def spread(repeats: Sequence[Sequence[float]]) -> float:
+    """How far apart honest answers are, as a fraction of the median: inside a repeat (p20 to p80) or between repeats."""
+    pooled = [value for repeat in repeats for value in repeat]
+    middle = quantile(pooled, 0.5)
+    medians = [statistics.median(repeat) for repeat in repeats]
+    return max(quantile(pooled, 0.8) - quantile(pooled, 0.2), max(medians) - min(medians)) / middle
+
+
+def peak_memory_mb(provider: Timeable, device: str) -> float | None:
+    """Most tensor memory that one call holds beyond what was there before it, in MB (2**20 bytes).
+
+    CUDA: the caching allocator's count. CPU: the allocations that torch's profiler records; memory that a library takes
+    by itself is not in it. None where this torch records none.
+    """
+    if provider.reset is not None:
+        provider.reset()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = provider.function()
+        torch.cuda.synchronize()
+        del kept
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = provider.function()
+    del kept
+    events: list[tuple[int, int]] = []
+    assert profiler.profiler is not None  # it exists once the block has run
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.name == "[memory]":
+            events.append((event.start_time_ns, event.extra_fields.alloc_size))
+    if not events:
+        return None
+    return max(0, max(itertools.accumulate(size for _, size in sorted(events)))) / 2**20
