@@ -14,12 +14,17 @@ Bytes: read and write n*D values a sample (put also writes the N-n zero rows). N
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from cohobate.kernels import tuning
 from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
 from cohobate.kernels.triton_support import architecture, jit, tl, triton
+
+if TYPE_CHECKING:
+    from cohobate.kernels.aot import AotCase
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,6 +97,25 @@ def _put_triton(x: Tensor, rows: Tensor, length: int) -> Tensor:
                 x, rows, out, n, length, x.stride(0), x.stride(1), rows.stride(0), D=width, BLOCK_D=triton.next_power_of_2(width), **config
             )
     return out
+
+
+def aot_cases(architecture: str) -> list[AotCase]:
+    """The kernels as the launchers above call them, for :mod:`cohobate.kernels.aot`."""
+    from cohobate.kernels.aot import AotCase, pointer, shipped
+
+    strides = {"stride_x_b": "i32:16", "stride_x_n": "i32:16", "stride_rows_b": "i32", "n": "i32", "length": "i32"}
+    return [
+        AotCase(
+            kernel=kernel,
+            signature={"x_ptr": pointer(dtype), "rows_ptr": "*i32", "out_ptr": pointer(dtype), **strides},
+            constexprs={"D": width, "BLOCK_D": triton.next_power_of_2(width)},
+            config=config,
+            expects=frozenset({"vector16"}),
+            name=f"{op} {dtype} {width}",
+        )
+        for op, kernel in (("take", _take_kernel), ("put", _put_kernel))
+        for dtype, width, config in shipped(op, architecture, dtypes=FLOAT_DTYPES, widths=(768, 1024))
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- native
