@@ -1,0 +1,148 @@
+"""Mask plans: permutations, nesting, both rounding rules, tubes, and randomness as a function of the sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cohobate import MaskPlan, TokenGrid, random_plan
+from cohobate.errors import UserError
+from cohobate.masking import kept
+
+GRID = TokenGrid.image(224, 16)
+IDS = torch.tensor([7, 3, 2**40, 0])
+
+
+def plan_of(ids: Tensor = IDS, grid: TokenGrid = GRID, **changes: object) -> MaskPlan:
+    arguments: dict[str, object] = {"seed": 5, "stage": 1, "epoch": 9, "ratio": 0.75} | changes
+    return random_plan(grid, ids, **arguments)  # type: ignore[arg-type]
+
+
+def assert_well_formed(plan: MaskPlan) -> None:
+    batch, tokens = plan.order.shape
+    everything = torch.arange(tokens, dtype=torch.int32).expand(batch, -1)
+    assert torch.equal(plan.order.sort(1).values, everything)
+    assert torch.equal(plan.order.gather(1, plan.where.long()), everything)
+    for segment in plan.order.tensor_split([plan.student, plan.teacher], dim=1):
+        assert bool((segment.diff(dim=1) > 0).all())
+
+
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    ratio=st.floats(0, 0.95),
+    share=st.floats(0, 1),
+    rounding=st.sampled_from(["keep", "mask"]),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_any_plan_is_a_nested_permutation(
+    height: int, width: int, ratio: float, share: float, rounding: str, seed: int
+) -> None:
+    grid = TokenGrid.image((height * 4, width * 4), 4)
+    try:
+        kept(grid.size, ratio, rounding)
+    except UserError:
+        return
+    plan = plan_of(grid=grid, ratio=ratio, teacher_ratio=ratio * share, rounding=rounding, seed=seed)
+    assert_well_formed(plan)
+    student, teacher = plan.to_boolean()
+    assert bool((teacher <= student).all())
+    assert int((~student).sum()) == len(IDS) * plan.student
+    assert int((~teacher).sum()) == len(IDS) * plan.teacher
+
+
+def test_the_counts_of_the_papers() -> None:
+    image = plan_of()
+    assert (image.student, image.teacher, image.masked.shape[1], image.diff.shape[1]) == (49, 196, 147, 147)
+    clip = plan_of(grid=TokenGrid(16, 224, 224, (2, 16, 16)), ratio=0.9, teacher_ratio=0.75, rounding="mask", tube=True)
+    assert (clip.student, clip.teacher, clip.diff.shape[1], clip.masked.shape[1]) == (160, 392, 232, 1408)
+
+
+def test_the_two_rounding_rules_differ() -> None:
+    assert (kept(196, 0.9, "keep"), kept(196, 0.9, "mask")) == (19, 20)
+
+
+def test_tubes_repeat_the_spatial_mask_in_every_frame() -> None:
+    plan = plan_of(grid=TokenGrid(8, 24, 16, (2, 4, 4)), ratio=0.8, teacher_ratio=0.4, rounding="mask", tube=True)
+    assert_well_formed(plan)
+    for mask in plan.to_boolean():
+        frames = mask.view(len(IDS), 4, 24)
+        assert torch.equal(frames, frames[:, :1].expand_as(frames))
+    assert not torch.equal(plan.order[0], plan.order[1])
+
+
+def test_a_sample_has_the_same_mask_in_any_batch() -> None:
+    whole = plan_of()
+    for i in range(len(IDS)):
+        assert torch.equal(plan_of(IDS[i : i + 1]).order[0], whole.order[i])
+    assert torch.equal(plan_of(IDS.flip(0)).order, whole.order.flip(0))
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"stage": 2}, {"epoch": 10}, {"stage": 0, "epoch": 9 + 2**10}])
+def test_seed_stage_and_epoch_change_the_mask(change: dict[str, int]) -> None:
+    assert not torch.equal(plan_of(**change).order, plan_of().order)
+
+
+def test_masks_are_uniform() -> None:
+    """Every token is visible equally often: 4096 samples, 6 standard deviations of a binomial share."""
+    plan = plan_of(torch.arange(4096))
+    share = (~plan.to_boolean()[0]).double().mean(0)
+    assert float((share - 0.25).abs().max()) < 6 * (0.25 * 0.75 / 4096) ** 0.5
+
+
+def test_boolean_masks_convert_both_ways() -> None:
+    plan = plan_of(ratio=0.8, teacher_ratio=0.5)
+    back = MaskPlan.from_boolean(*plan.to_boolean())
+    assert torch.equal(back.order, plan.order) and (back.student, back.teacher) == (plan.student, plan.teacher)
+    trusted = MaskPlan.from_boolean(*plan.to_boolean(), counts=(plan.student, plan.teacher))
+    assert torch.equal(trusted.order, plan.order)
+    alone = MaskPlan.from_boolean(plan.to_boolean()[0])
+    assert alone.teacher == 196 and torch.equal(alone.visible, plan.visible)
+
+
+def test_boolean_masks_that_do_not_fit() -> None:
+    student, teacher = plan_of(ratio=0.8, teacher_ratio=0.5).to_boolean()
+    with pytest.raises(UserError, match="teacher: expected every token the student sees"):
+        MaskPlan.from_boolean(teacher, student)
+    uneven = student.clone()
+    uneven[0] = False
+    with pytest.raises(UserError, match="student: expected as many visible tokens in every sample, got from 39 to 196"):
+        MaskPlan.from_boolean(uneven)
+    with pytest.raises(UserError, match="teacher: expected the student's shape"):
+        MaskPlan.from_boolean(student, teacher[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"ratio": 1.0}, "ratio: expected a mask ratio in"),
+        ({"ratio": -0.1}, "ratio: expected a mask ratio in"),
+        ({"ratio": 0.999}, "ratio: .*leaves at least 1 of 196"),
+        ({"teacher_ratio": 0.8}, "teacher_ratio: expected at most"),
+        ({"rounding": "floor"}, "rounding: expected one of keep, mask"),
+        ({"stage": 2**10}, "stage: expected"),
+        ({"epoch": -1}, "epoch: expected"),
+    ],
+)
+def test_refuses(change: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        plan_of(**change)
+
+
+def test_a_ratio_that_double_arithmetic_rounds_to_nothing() -> None:
+    with pytest.raises(UserError, match="leaves at least 1 of 10"):
+        kept(10, 0.9)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(0, 4), (3, 2), (2, 9)])
+def test_cuts_that_do_not_nest(student: int, teacher: int) -> None:
+    with pytest.raises(UserError, match="student, teacher: expected 0 < student"):
+        MaskPlan(torch.arange(8, dtype=torch.int32).view(1, 8), student, teacher)
+
+
+def test_an_order_of_another_dtype() -> None:
+    with pytest.raises(UserError, match="order: expected int32"):
+        MaskPlan(torch.arange(8).view(1, 8), 2, 8)
