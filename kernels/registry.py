@@ -121,7 +121,6 @@ def _override() -> str:
     return _overrides[-1] if _overrides else _environment
 
 
-@torch.compiler.assume_constant_result
 def _resolve(name: str, device: str, wanted: str, facts: tuple[tuple[str, Any], ...]) -> str:
     if wanted != "auto":
         if wanted not in IMPLEMENTATIONS:
@@ -138,6 +137,10 @@ def _resolve(name: str, device: str, wanted: str, facts: tuple[tuple[str, Any], 
         _logged.add((name, reasons[0]))
         log.warning("%s runs as reference on %s: %s", name, device, "; ".join(reasons))
     return "reference"
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, and all it needs, with us.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ try:
 
     jit: Callable[..., Any] = triton.jit
     _import_error = ""
-except (ImportError, AttributeError, RuntimeError) as error:  # a broken install raises more than ImportError
+except (ImportError, AttributeError, OSError, RuntimeError) as error:  # a broken install raises more than ImportError
     _import_error = f"{type(error).__name__}: {error}"
     triton = None
 
