@@ -1,8 +1,8 @@
 """Times several implementations of the same thing side by side, and refuses to compare what may not be compared.
 
-A :class:`Case` is what is computed, with its right answer; a :class:`Provider` is one way to compute it. :func:`measure`
-checks every provider's results against the answer, times all of them in turns, and returns one :class:`Row` each.
-A ratio is in a row only if
+A :class:`Case` is what is computed, with its right answer; a :class:`Provider` is one way to compute it.
+:func:`measure` checks every provider's results against the answer, times all of them in turns, and returns one
+:class:`Row` each. A ratio is in a row only if
 
 - every required baseline was measured (literal eager *and* ``torch.compile`` of it, unless the caller says otherwise),
 - both sides' outputs and gradients agree with the answer within their stated tolerance, and
@@ -32,17 +32,18 @@ from cohobate.kernels import Cost
 ROLES = ("eager", "compile", "other", "ours")
 BASELINES = ("eager", "compile")
 # Caps on the relative error against float64: what rounding of that dtype may cost over a few thousand additions.
-TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "int32": 0.0}
 
 
 @dataclass(frozen=True)
 class Provider:
     """One way to compute a case.
 
-    ``function`` is timed, whole; ``reset`` runs before every call, untimed (a training step restores its weights there).
+    ``function`` is timed, whole; ``reset`` runs before every call, untimed (a step restores its weights there).
     ``results`` turns what the function returned into named tensors, untimed; names that begin with ``grad`` are
-    gradients, the rest outputs. ``role``: "eager" (the literal baseline), "compile" (``torch.compile`` of it), "other", "ours".
-    ``tolerance`` defaults to the dtype's. ``copies`` and ``capture`` matter on CUDA only, see :class:`timing.CudaTimer`.
+    gradients, the rest outputs. ``role``: "eager" (the literal baseline), "compile" (``torch.compile`` of it), "ours",
+    or "other". ``tolerance`` defaults to the dtype's. ``copies`` and ``capture`` matter on CUDA only, see
+    :class:`cohobate.benchmarks.timing.CudaTimer`.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """What all providers compute. ``expected`` is the answer, by name, in float64 (or float32 where that is exact enough).
+    """What all providers compute. ``expected`` is the answer, by name, in float64 (float32 where that is enough).
 
     ``compare`` replaces the usual errors where equal numbers are not what is asked (a random permutation): it gets the
     results and returns (output error, gradient error).
@@ -323,7 +324,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else _finite(value) for key, value in values.items()}
+    return {
+        key: float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else _finite(value)
+        for key, value in values.items()
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -19,7 +19,13 @@ from cohobate.kernels import Cost, native, triton_support
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("kernels", "engine", "benchmarks", "setup.py", "CMakeLists.txt", ":!benchmarks/results")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+    "int32": torch.int32,
+}
 
 
 def environment(device: str, *, seed: int | None = None) -> dict[str, Any]:
@@ -67,7 +73,11 @@ def _card() -> dict[str, Any]:
         "power_limit_w": None,
     }
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader,nounits"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
+            "--format=csv,noheader,nounits",
+        ]
         answer = subprocess.run(query, capture_output=True, text=True)
         if answer.returncode == 0 and answer.stdout.strip():
             values = [value.strip() for value in answer.stdout.splitlines()[0].split(",")]
@@ -104,7 +114,9 @@ def _commit() -> tuple[str | None, bool | None]:
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         return None, None
-    status = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "--", *CODE], capture_output=True, text=True)
+    status = subprocess.run(
+        ["git", "-C", str(ROOT), "status", "--porcelain", "--", *CODE], capture_output=True, text=True
+    )
     return head.stdout.strip(), bool(status.stdout.strip())
 
 
@@ -125,7 +137,9 @@ class Ceilings:
         """GB/s of a plain copy that moves ``moved`` bytes."""
         if self.device == "cuda":
             return self.copy[-1][1]
-        return min(self.copy, key=lambda point: abs(point[0] / max(moved, 1) - 1) + abs(max(moved, 1) / point[0] - 1))[1]
+        return min(self.copy, key=lambda point: abs(point[0] / max(moved, 1) - 1) + abs(max(moved, 1) / point[0] - 1))[
+            1
+        ]
 
     def floor_ms(self, cost: Cost, dtype: str) -> float | None:
         """The larger of moving ``cost.bytes`` and computing ``cost.flops``; None if that dtype's rate is not known."""
@@ -139,12 +153,14 @@ class Ceilings:
     def rows(self) -> list[dict[str, Any]]:
         """As JSON lines."""
         copies = [{"name": "ceiling.copy", "bytes": size, "gb_s": round(rate, 1)} for size, rate in self.copy]
-        products = [{"name": "ceiling.matmul", "dtype": dtype, "tflop_s": round(rate, 3)} for dtype, rate in self.matmul.items()]
+        products = [
+            {"name": "ceiling.matmul", "dtype": dtype, "tflop_s": round(rate, 3)} for dtype, rate in self.matmul.items()
+        ]
         return [*copies, *products]
 
 
 def measure_ceilings(device: str, *, quick: bool = False, repeats: int = 5) -> Ceilings:
-    """Time copies of growing size and one large matrix product a dtype, on random data (zeros run faster: less power)."""
+    """Time copies of growing size and one large matrix product a dtype, on random data (zeros run faster)."""
     if device == "cuda":
         sizes, order, dtypes = [2**26, 2**30], 8192, ("fp32", "bf16", "fp16")
     else:
@@ -188,4 +204,3 @@ def _best(function: Callable[[], Any], device: str, repeats: int) -> float:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-

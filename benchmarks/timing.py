@@ -106,7 +106,7 @@ class CudaTimer:
 
 
 def interleave(samplers: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """``rounds`` samples of each, in turns; the first of a round rotates, so that nobody always follows the same one."""
+    """``rounds`` samples of each, in turns; who begins a round rotates, so nobody always follows the same one."""
     times: list[list[float]] = [[] for _ in samplers]
     collecting = gc.isenabled()
     gc.collect()
@@ -134,7 +134,7 @@ def quantile(values: Sequence[float], fraction: float) -> float:
 
 
 def spread(repeats: Sequence[Sequence[float]]) -> float:
-    """How far apart honest answers are, as a fraction of the median: inside a repeat (p20 to p80) or between repeats."""
+    """How far apart honest answers are, as a fraction of the median: p20 to p80, or one repeat to another."""
     pooled = [value for repeat in repeats for value in repeat]
     middle = quantile(pooled, 0.5)
     medians = [statistics.median(repeat) for repeat in repeats]

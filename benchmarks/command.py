@@ -1,0 +1,171 @@
+"""What every benchmark command shares: its options, its preparation, its table, its files, its verdict."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cohobate.benchmarks import machine, regression
+from cohobate.benchmarks.harness import QUICK, Effort, Row, read_rows, write_rows
+from cohobate.errors import UserError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The prepared machine: seeded, threads set, ceilings measured."""
+
+    device: str
+    environment: dict[str, Any]
+    ceilings: machine.Ceilings
+    effort: Effort
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that mean the same in every benchmark."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
+    parser.add_argument("--seconds", type=float, default=None, help="time for each case (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: few rounds, figures worth nothing")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows as JSON lines")
+    parser.add_argument("--fail-if-slower", type=float, default=None, metavar="PERCENT", help="with --against")
+    parser.add_argument("--against", type=Path, default=None, metavar="FILE", help="stored rows to compare with")
+
+
+def prepare(args: argparse.Namespace) -> Setting:
+    """Seed, pin the threads, read the environment and measure the ceilings.
+
+    Raises:
+        UserError: an option that cannot be followed here.
+    """
+    if (args.fail_if_slower is None) != (args.against is None):
+        raise UserError("--fail-if-slower and --against: expected both or neither")
+    if args.against is not None:
+        read_rows(args.against)  # a wrong file is better found before the measurement than after it
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: expected a device of this machine, got 'cuda' (torch sees no CUDA device)")
+    threads = args.threads if args.threads is not None else os.cpu_count() or 1
+    if threads < 1:
+        raise UserError(f"--threads: expected at least 1, got {threads}")
+    if args.seconds is not None and args.seconds <= 0:
+        raise UserError(f"--seconds: expected more than 0, got {args.seconds:g}")
+    torch.set_num_threads(threads)
+    torch.manual_seed(args.seed)
+    effort = QUICK if args.quick else Effort() if args.seconds is None else Effort(seconds=args.seconds)
+    ceilings = machine.measure_ceilings(args.device, quick=args.quick)
+    return Setting(args.device, machine.environment(args.device, seed=args.seed), ceilings, effort)
+
+
+def finish(args: argparse.Namespace, setting: Setting, rows: Sequence[Row], console: Console | None = None) -> int:
+    """Print the table, write the file, compare with stored rows; the exit code."""
+    console = console if console is not None else wide_console()
+    print_table(rows, setting, console)
+    if args.quick:
+        console.print("--quick: the checks are real, the times are not worth quoting", style="yellow")
+    if args.json is not None:
+        write_rows(args.json, [*_ceiling_rows(setting), *rows])
+        console.print(f"wrote {args.json} ({len(rows)} rows)")
+    if args.against is not None:
+        verdict = regression.compare(rows, read_rows(args.against), args.fail_if_slower)
+        console.print(verdict.text)
+        return 1 if verdict.slower else 0
+    return 0
+
+
+def _ceiling_rows(setting: Setting) -> list[dict[str, Any]]:
+    return [{**row, "device": setting.device, "env": setting.environment} for row in setting.ceilings.rows()]
+
+
+def print_table(rows: Sequence[Row], setting: Setting, console: Console) -> None:
+    """One line a row, grouped by case and mode; ratios that were refused are a dash and a numbered note."""
+    env = setting.environment
+    commit = f"{env['commit']} + changes" if env["dirty"] else env["commit"]
+    console.print(f"{env['kind']}; torch {env['torch']}, commit {commit}, seed {env['seed']}")
+    copies = ", ".join(f"{rate:.0f} GB/s at {_size(size)}" for size, rate in setting.ceilings.copy)
+    products = ", ".join(f"{rate:.3g} TFLOP/s {dtype}" for dtype, rate in setting.ceilings.matmul.items())
+    console.print(f"ceilings: copy {copies}; matrix product {products}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("op, mode: provider", no_wrap=True)
+    for title in (
+        "p50 ms",
+        "spread",
+        "% of floor",
+        "vs eager",
+        "vs compile",
+        "vs best other",
+        "error",
+        "peak MB",
+        "note",
+    ):
+        table.add_column(title, justify="right")
+    notes: dict[str, int] = {}
+    group = ""
+    for row in rows:
+        heading = f"{row.name} {row.mode}"
+        if heading != group:
+            if group:
+                table.add_section()
+            table.add_row(heading, style="bold")
+            group = heading
+        note = "" if not row.note else str(notes.setdefault(row.note, len(notes) + 1))
+        table.add_row(f"  {row.provider}", *cells(row), note, style="green" if row.role == "ours" else "")
+    console.print(table)
+    for text, number in notes.items():
+        console.print(f"  {number}. {text}", markup=False, highlight=False)
+
+
+def cells(row: Row) -> list[str]:
+    """Figures of a row as text, in the order of the table; a dash for what was not measured or is refused."""
+    worst = None if row.max_rel_err is None else max(row.max_rel_err, row.grad_rel_err or 0.0)
+    return [
+        _figure(row.p50_ms),
+        "-" if row.spread is None else f"{row.spread:.0%}",
+        "-" if row.pct_of_floor is None else f"{row.pct_of_floor:.0f}",
+        *(_ratio(value) for value in (row.ratio_vs_eager, row.ratio_vs_compile, row.ratio_vs_best_other)),
+        "-" if worst is None else f"{worst:.0e}",
+        "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:.0f} MB"
+
+
+def wide_console() -> Console:
+    """A console that never cuts the table: a narrow terminal wraps it instead."""
+    console = Console()
+    console.width = max(console.width, 112)
+    return console
+
+
+def run(main: Any, argv: Sequence[str] | None) -> int:
+    """Call ``main(argv)``; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        return int(main(argv))
+    except UserError as error:
+        Console(stderr=True).print(f"cohobate bench: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def load_environment(path: Path) -> dict[str, Any]:
+    """The environment object of a results folder."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values

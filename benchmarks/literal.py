@@ -1,0 +1,99 @@
+"""The ops as published training codes spell them, in plain eager PyTorch: the baseline of every ratio.
+
+Same mathematics, in our own words, with the habits that cost time kept: whole images are normalised and embedded
+although most patches are dropped, int64 indices are expanded to the width of what they gather, losses are chains of
+full-size temporaries over every token with a mask at the end. Sources: MAE (He et al., CVPR 2022), dBOT (Liu et al.,
+ICLR 2024), AMD (Zhao et al., CVPR 2024). Written for any floating dtype: in float64 the same functions give the answer
+that every implementation is checked against.
+
+Sizes: B samples, N patches (C*pt*ph*pw values each), n kept, D width. ``index`` is int64, in raster order of the grid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, T, H, W, C] -> [B, C, T, H, W] in mean's dtype, every pixel: (u / 255 - mean) / std."""
+    image = pixels.permute(0, 4, 1, 2, 3).to(mean.dtype).div(255)
+    return (image - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+
+
+def patchify(image: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """[B, C, T, H, W] -> [B, N, pt*ph*pw*C], every patch, values ordered (frame, row, column, channel)."""
+    batch, channels, frames, height, width = image.shape
+    pt, ph, pw = patch
+    grid = image.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
+    return grid.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, -1, pt * ph * pw * channels)
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """[B, N, D], int64 [B, n] -> [B, n, D], the index expanded to the width first."""
+    return torch.gather(x, 1, index.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
+
+
+def gather_patches(pixels: Tensor, index: Tensor, mean: Tensor, std: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Patch rows of the kept patches, taken from the normalised whole image."""
+    return rows_of(patchify(normalise(pixels, mean, std), patch), index)
+
+
+def embed_patches(
+    pixels: Tensor, index: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, mean: Tensor, std: Tensor
+) -> Tensor:
+    """Convolve every patch of single-frame samples (weight [D, C, ph, pw]), add positions [N, D], keep n of N rows."""
+    image = normalise(pixels, mean, std).squeeze(2).to(weight.dtype)
+    embedded = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    return rows_of(embedded + positions, index)
+
+
+def assemble(x: Tensor, mask_token: Tensor, positions: Tensor, restore: Tensor) -> Tensor:
+    """Decoder input [B, 1+N, D] of visible rows [B, 1+n, D] (class token first): repeat, cat, unshuffle, cat, add."""
+    missing = restore.shape[1] + 1 - x.shape[1]
+    tokens = torch.cat([x[:, 1:, :], mask_token.repeat(x.shape[0], missing, 1)], dim=1)
+    tokens = rows_of(tokens, restore)
+    return torch.cat([x[:, :1, :], tokens], dim=1) + positions
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each sample."""
+    return rows_of(x, index)
+
+
+def put(x: Tensor, index: Tensor, length: int) -> Tensor:
+    """Rows scattered into a zero sequence."""
+    zeros = torch.zeros(x.shape[0], length, x.shape[-1], dtype=x.dtype, device=x.device)
+    return zeros.scatter(1, index.unsqueeze(-1).repeat(1, 1, x.shape[-1]), x)
+
+
+def align_loss(prediction: Tensor, target: Tensor, mask: Tensor, beta: float = 2.0) -> Tensor:
+    """dBOT's loss: standardise the target's rows, smooth-L1 on all rows [B, 1+N, D], mean over the masked ones.
+
+    Half-precision inputs are computed in fp32, as autocast does for losses.
+    """
+    if prediction.dtype != torch.float64:
+        prediction, target = prediction.float(), target.float()
+    mean = target.mean(dim=-1, keepdim=True)
+    variance = target.var(dim=-1, keepdim=True)
+    target = (target - mean) / (variance + 1.0e-6) ** 0.5
+    loss = F.smooth_l1_loss(prediction, target, beta=beta, reduction="none").mean(dim=-1)
+    return (loss * mask).sum() / mask.sum()
+
+
+def pixel_loss(
+    prediction: Tensor, pixels: Tensor, mask: Tensor, mean: Tensor, std: Tensor, patch: tuple[int, int, int]
+) -> Tensor:
+    """MAE's loss: all patches of the normalised image as targets, each standardised; squared error, masked mean."""
+    target = patchify(normalise(pixels, mean, std), patch)
+    average = target.mean(dim=-1, keepdim=True)
+    variance = target.var(dim=-1, keepdim=True)
+    target = (target - average) / (variance + 1.0e-6) ** 0.5
+    loss = ((prediction.to(target.dtype) - target) ** 2).mean(dim=-1)
+    return (loss * mask).sum() / mask.sum()
+
+
+def random_order(sample_ids: Tensor, length: int) -> Tensor:
+    """A random permutation a sample, int64 [B, length]: uniform noise, then argsort (new numbers at every call)."""
+    return torch.argsort(torch.rand(sample_ids.shape[0], length, device=sample_ids.device), dim=1)
