@@ -1,0 +1,161 @@
+"""dBOT: predict the features of a frozen teacher at the tokens that were hidden (Liu et al., ICLR 2024).
+
+The student sees ``plan.visible``; the teacher sees the whole image. The target is the residual stream after the
+teacher's last block, without the final norm, standardised per token; the loss is smooth-L1 with beta 2 over the hidden
+patches and the cls token. Only what the loss reads is computed: the last decoder block, the head and the last teacher
+block run for the counted rows alone, which changes no number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cohobate.errors import UserError
+from cohobate.kernels.alignment import Standardise
+from cohobate.kernels.alignment.align import standardise_reference
+from cohobate.masking import MaskPlan
+from cohobate.methods.objective import AlignTerm, HasPixels, StepLoss, objective
+from cohobate.models import Decoder, VisionTransformer
+from cohobate.teacher import FrozenTeacher
+
+PUBLISHED = Standardise(ddof=1, eps=1e-6, eps_inside=True)
+
+
+@dataclass(frozen=True)
+class DBOTOptions:
+    """What the loss compares, and how; the defaults are the published recipe.
+
+    ``target_norm``: apply the teacher's final norm first. ``standardise``: per-token standardisation of the target,
+    None for none. ``cls``: count the cls token.
+    """
+
+    loss: str = "smooth_l1"
+    beta: float = 2.0
+    standardise: Standardise | None = PUBLISHED
+    target_norm: bool = False
+    cls: bool = True
+
+
+class DBOT(nn.Module):
+    """Student, decoder and frozen teacher; :meth:`parameters` are the student's and the decoder's alone.
+
+    Args:
+        student: the encoder being trained.
+        decoder: with ``out`` equal to the teacher's width.
+        teacher: frozen, on the same token grid; one layer.
+        options: see :class:`DBOTOptions`.
+
+    Raises:
+        UserError: parts that do not fit each other; the message names them.
+    """
+
+    def __init__(
+        self,
+        student: VisionTransformer,
+        decoder: Decoder,
+        teacher: FrozenTeacher,
+        options: DBOTOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.decoder, self.options = student, decoder, options or DBOTOptions()
+        decoder.check_fits(student)
+        if self.options.cls and not student.prefix:
+            raise UserError("cls: expected a student with a cls token, or cls=False")
+        self.set_teacher(teacher)
+
+    def set_teacher(self, teacher: FrozenTeacher) -> None:
+        """Swap the teacher, as at a stage boundary.
+
+        Raises:
+            UserError: a teacher of another grid, width or number of layers.
+        """
+        if teacher.model.grid != self.student.grid:
+            raise UserError(f"teacher: expected the student's grid {self.student.grid}, got {teacher.model.grid}")
+        if teacher.width != self.decoder.out:
+            raise UserError(
+                f"teacher: expected the width of the decoder's head {self.decoder.out}, got {teacher.width}"
+            )
+        if len(teacher.layers) != 1:
+            raise UserError(f"teacher: expected one target layer, got {list(teacher.layers)}")
+        if self.options.cls and not teacher.model.prefix:
+            raise UserError("cls: expected a teacher with a cls token, or cls=False")
+        self.teacher = teacher
+
+    def counted(self, plan: MaskPlan, prefix: int) -> Tensor:
+        """Rows that the loss reads, [B, c + M] int32 behind a prefix: the cls token if counted, the hidden patches.
+
+        Raises:
+            UserError: nothing is hidden, or the teacher would not see what is.
+        """
+        if plan.teacher != plan.tokens:
+            raise UserError(f"plan: expected a teacher that sees all {plan.tokens} tokens, got {plan.teacher}")
+        if plan.student == plan.tokens and not self.options.cls:
+            raise UserError("plan: expected at least one hidden token, got none")
+        rows = plan.masked + prefix
+        return torch.cat([rows.new_zeros(rows.shape[0], 1), rows], dim=1) if self.options.cls else rows
+
+    def forward(
+        self,
+        batch: HasPixels,
+        plan: MaskPlan,
+        *,
+        generator: torch.Generator | None = None,
+        signals: bool = False,
+    ) -> StepLoss:
+        """As :meth:`loss`: a wrapper such as DDP calls the module."""
+        return self.loss(batch, plan, generator=generator, signals=signals)
+
+    def loss(
+        self,
+        batch: HasPixels,
+        plan: MaskPlan,
+        *,
+        generator: torch.Generator | None = None,
+        signals: bool = False,
+    ) -> StepLoss:
+        """One step's loss.
+
+        Args:
+            batch: ``batch.pixels`` uint8 [B, T, H, W, C].
+            plan: what the student sees; the teacher sees everything.
+            generator: where drop path draws from.
+            signals: add "target/std", the spread of the raw target over tokens, mean over channels: 0 says that the
+                teacher gives every token the same target.
+
+        Returns:
+            terms: "loss/align".
+        """
+        pixels, options = batch.pixels, self.options
+        (target,) = self.teacher(
+            pixels, queries=self.counted(plan, self.teacher.model.prefix), norm=options.target_norm
+        )
+        encoded = self.student(pixels, plan.visible, generator=generator)
+        prediction = self.decoder(encoded, plan, self.counted(plan, self.student.prefix), generator=generator)
+        term = AlignTerm(
+            "loss/align",
+            [prediction],
+            [target],
+            loss=options.loss,
+            beta=options.beta,
+            standardise=options.standardise,
+        )
+        spread = {"target/std": target.float().flatten(0, 1).std(0).mean()} if signals else None
+        return objective([term], spread)
+
+    @torch.no_grad()
+    def targets(self, batch: HasPixels) -> Tensor:
+        """The targets of all patches, [B, N, D_T] fp32, standardised as in the loss: for pictures."""
+        (target,) = self.teacher(batch.pixels, norm=self.options.target_norm)
+        target = target[:, self.teacher.model.prefix :].float()
+        standardise = self.options.standardise
+        return target if standardise is None else standardise_reference(target, standardise)
+
+    def flops(self, plan: MaskPlan) -> int:
+        """Multiply-adds x 2 of one sample's step: teacher forward, student and decoder forward and backward."""
+        counted = plan.tokens - plan.student + int(self.options.cls)
+        trained = self.student.flops(plan.student) + self.decoder.flops(plan.student, counted)
+        no_gradient = 2 * plan.student * self.student.grid.row_length * self.student.width  # pixels need none
+        return self.teacher.flops(counted) + 3 * trained - no_gradient

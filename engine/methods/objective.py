@@ -1,0 +1,102 @@
+"""An objective is a list of weighted terms; terms of equal kind go to one kernel launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from cohobate.kernels.alignment import Standardise, align_loss, pixel_loss
+
+
+class HasPixels(Protocol):
+    """What a method reads of a batch."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """[B, T, H, W, C] uint8."""
+
+
+class StepLoss(NamedTuple):
+    """Result of one step: what to differentiate, and what to log (0-d, on the device, without a graph)."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    signals: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AlignTerm:
+    """weight * mean over layers of loss(prediction, target), [B, n, D_T] each, rows already chosen."""
+
+    name: str
+    predictions: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    weight: float = 1.0
+    loss: str = "smooth_l1"
+    beta: float = 2.0
+    standardise: Standardise | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Terms of the same kind can share a launch."""
+        shapes = {tuple(p.shape) for p in self.predictions}
+        return self.loss, self.beta, self.standardise, tuple(sorted(shapes))
+
+
+@dataclass(frozen=True)
+class PixelTerm:
+    """weight * mean squared error against normalised pixels of the patches ``rows``."""
+
+    name: str
+    prediction: Tensor
+    pixels: Tensor
+    rows: Tensor
+    patch: tuple[int, int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    weight: float = 1.0
+    convention: str = "mae"
+    normalise: bool = True
+
+
+def objective(terms: Sequence[AlignTerm | PixelTerm], signals: dict[str, Tensor] | None = None) -> StepLoss:
+    """Evaluate the terms: the weighted total with its graph, and each unweighted value without."""
+    totals: list[Tensor] = []
+    values: dict[str, Tensor] = {}
+    for pixel in (term for term in terms if isinstance(term, PixelTerm)):
+        loss = pixel_loss(
+            pixel.prediction,
+            pixel.pixels,
+            pixel.rows,
+            patch=pixel.patch,
+            mean=pixel.mean,
+            std=pixel.std,
+            convention=pixel.convention,
+            normalise=pixel.normalise,
+        )
+        totals.append(loss * pixel.weight)
+        values[pixel.name] = loss.detach()
+    aligned = sorted((term for term in terms if isinstance(term, AlignTerm)), key=lambda term: str(term.kind))
+    for _, same in groupby(aligned, key=lambda term: str(term.kind)):
+        group = list(same)
+        result = align_loss(
+            [p for term in group for p in term.predictions],
+            [t for term in group for t in term.targets],
+            prediction_rows=None,
+            target_rows=None,
+            loss=group[0].loss,
+            beta=group[0].beta,
+            standardise=group[0].standardise,
+            weights=[term.weight / len(term.predictions) for term in group for _ in term.predictions],
+        )
+        totals.append(result.total)
+        start = 0
+        for term in group:
+            stop = start + len(term.predictions)
+            values[term.name] = result.per_layer[start:stop].mean()
+            start = stop
+    return StepLoss(sum(totals[1:], totals[0]), values, signals or {})

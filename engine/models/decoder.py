@@ -1,0 +1,140 @@
+"""The decoder of MAE and dBOT: mask tokens take the place of what was hidden, and a head predicts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cohobate.errors import UserError
+from cohobate.kernels import tokens
+from cohobate.masking import MaskPlan
+from cohobate.models.layers import Block, DropPath, Linear, Norm, Precision, draw, draw_normal, run_blocks
+from cohobate.models.positions import position_table
+from cohobate.models.vit import VisionTransformer, block_flops
+from cohobate.tokens import TokenGrid
+
+
+class Decoder(nn.Module):
+    """Linear, mask tokens and fixed positions in raster order, blocks, norm, and a linear head.
+
+    Args:
+        grid: the encoder's token grid.
+        encoder_width: D, width of the tokens that come in.
+        out: width of a prediction: the teacher's width (dBOT) or a patch's ``row_length`` (MAE).
+        width, depth, heads: of the decoder itself; 512, 8 and 16 in both papers.
+        prefix: tokens in front of the patches (1 with a cls token).
+        drop_path: rate of the last block; the first block has 0.
+        precision: dtypes of products and of the residual stream.
+
+    Raises:
+        UserError: an argument that does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        grid: TokenGrid,
+        encoder_width: int,
+        out: int,
+        width: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        prefix: int = 1,
+        drop_path: float = 0.0,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__()
+        if out < 1:
+            raise UserError(f"out: expected at least 1, got {out}")
+        if depth < 0:
+            raise UserError(f"depth: expected 0 or more blocks, got {depth}")
+        self.grid, self.width, self.depth, self.out, self.prefix = grid, width, depth, out, prefix
+        self.precision = precision or Precision()
+        self.embed = Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(position_table(grid, width, prefix), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = Norm(width)
+        self.head = Linear(width, out)
+        self.drop_path = DropPath(drop_path, depth)
+        self.reset()
+
+    @classmethod
+    def for_encoder(
+        cls,
+        encoder: VisionTransformer,
+        out: int | None = None,
+        *,
+        width: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        drop_path: float = 0.0,
+    ) -> Decoder:
+        """A decoder with an encoder's grid, cls token and precision; ``out`` defaults to the pixels of a patch."""
+        return cls(
+            encoder.grid,
+            encoder.width,
+            encoder.grid.row_length if out is None else out,
+            width,
+            depth,
+            heads,
+            prefix=encoder.prefix,
+            drop_path=drop_path,
+            precision=encoder.precision,
+        )
+
+    def check_fits(self, encoder: VisionTransformer) -> None:
+        """Raise a UserError unless this decoder fits the encoder."""
+        for name, expected, got in (
+            ("grid", encoder.grid, self.grid),
+            ("prefix", encoder.prefix, self.prefix),
+            ("encoder_width", encoder.width, self.embed.in_features),
+        ):
+            if expected != got:
+                raise UserError(f"decoder: expected the student's {name} {expected}, got {got}")
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew from the generator: Linear Xavier uniform, norms 1 and 0, the mask token N(0, 0.02)."""
+        draw(self, generator)
+        draw_normal(self.mask_token, 0.02, generator)
+
+    def forward(
+        self,
+        x: Tensor,
+        plan: MaskPlan,
+        queries: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predictions at the rows ``queries``.
+
+        Args:
+            x: [B, P + a, D], the encoder's tokens of ``plan.visible``.
+            plan: where they came from.
+            queries: [B, q] int32 in [0, P + N), the rows to predict (the cls token is row 0, patch n is row P + n);
+                the last block and the head compute nothing else. None for all.
+            generator: where drop path draws from while training; None for torch's default.
+
+        Returns:
+            [B, q, out] in the compute dtype.
+        """
+        x = tokens.assemble(
+            self.embed(x).to(self.precision.residual),
+            self.mask_token.view(-1),
+            self.pos_embed[0],
+            plan.where,
+            layout="raster",
+            prefix=self.prefix,
+        )
+        x = run_blocks(self.blocks, x, self.precision.compute, self.drop_path(x.shape[0], generator), queries)
+        return self.head(self.norm(x, self.precision.compute))
+
+    def flops(self, visible: int, queries: int) -> int:
+        """Multiply-adds x 2 of one sample's forward pass."""
+        n = self.grid.size + self.prefix
+        embed = 2 * (visible + self.prefix) * self.embed.in_features * self.width
+        head = 2 * queries * self.width * self.out
+        if self.depth == 0:
+            return embed + head
+        return embed + head + block_flops(self.width, n, n) * (self.depth - 1) + block_flops(self.width, n, queries)

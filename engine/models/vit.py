@@ -1,0 +1,251 @@
+"""The vision transformer, from uint8 pixels to tokens; state-dict keys are timm's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cohobate.errors import UserError
+from cohobate.kernels import tokens
+from cohobate.models.layers import (
+    Block,
+    DropPath,
+    Norm,
+    Precision,
+    draw,
+    draw_normal,
+    draw_uniform,
+    draw_xavier,
+    run_blocks,
+)
+from cohobate.models.positions import position_table
+from cohobate.tokens import TokenGrid
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Features(NamedTuple):
+    """What evaluation reads: the cls token (None without one) and the mean of the patch tokens, [B, D] fp32 each."""
+
+    cls: Tensor | None
+    mean: Tensor
+
+
+class PatchProjection(nn.Module):
+    """Kernel and bias of the patch embedding; :func:`tokens.embed_patches` is the product."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, grid: TokenGrid, width: int) -> None:
+        super().__init__()
+        # A clip's kernel has a time axis, an image's has none, as in a Conv3d and a Conv2d.
+        kernel = grid.patch if grid.shape[0] > 1 or grid.patch[0] > 1 else grid.patch[1:]
+        self.weight = nn.Parameter(torch.empty(width, grid.channels, *kernel))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def rows(self) -> Tensor:
+        """The kernel as [D, pt*ph*pw*C], ordered as a patch row is: (frame, row, column, channel)."""
+        return self.weight.movedim(1, -1).flatten(1)
+
+
+class PatchEmbed(nn.Module):
+    """Gives the projection timm's name, ``patch_embed.proj``."""
+
+    def __init__(self, grid: TokenGrid, width: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(grid, width)
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm ViT with fixed sine-cosine positions.
+
+    Args:
+        grid: how pixels are cut into tokens.
+        width: D.
+        depth: blocks; 0 leaves the embedding alone.
+        heads: attention heads, dividing the width.
+        mlp_ratio: hidden width of an MLP over D.
+        cls_token: put a learned token in front (P = 1), or not (P = 0).
+        drop_path: rate of the last block; the first block has 0.
+        precision: dtypes of products and of the residual stream.
+        mean, std: normalisation of pixels / 255, one number a channel.
+
+    Raises:
+        UserError: an argument that does not fit; the message names it.
+    """
+
+    cls_token: nn.Parameter | None
+    pos_embed: nn.Parameter
+
+    def __init__(
+        self,
+        grid: TokenGrid,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        cls_token: bool = True,
+        drop_path: float = 0.0,
+        precision: Precision | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != grid.channels:
+                raise UserError(f"{name}: expected {grid.channels} numbers, one a channel, got {len(values)}")
+        if depth < 0:
+            raise UserError(f"depth: expected 0 or more blocks, got {depth}")
+        self.grid, self.width, self.depth, self.heads = grid, width, depth, heads
+        self.prefix = int(cls_token)
+        self.precision = precision or Precision()
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._shape: dict[str, Any] = {"grid": grid, "width": width, "heads": heads, "mlp_ratio": mlp_ratio}
+        self._shape |= {"cls_token": cls_token, "mean": self.mean, "std": self.std}
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None
+        self.pos_embed = nn.Parameter(position_table(grid, width, self.prefix), requires_grad=False)
+        self.patch_embed = PatchEmbed(grid, width)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = Norm(width)
+        self.drop_path = DropPath(drop_path, depth)
+        self.reset()
+
+    def like(self, *, depth: int | None = None, precision: Precision | None = None) -> VisionTransformer:
+        """A freshly drawn model of the same shape without drop path, of another depth or precision if given."""
+        return VisionTransformer(
+            depth=self.depth if depth is None else depth, precision=precision or self.precision, **self._shape
+        )
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None, *, keep_patch_bias: bool = False) -> None:
+        """Draw all weights anew: a function of the generator alone, the same on every device and rank.
+
+        Linear and patch kernels are Xavier uniform, biases 0, norms 1 and 0, the cls token N(0, 0.02), the patch bias
+        uniform in +-1/sqrt(row length) (torch's convolution default). ``keep_patch_bias`` leaves the patch bias as
+        it is, as the published dBOT code does at a stage boundary; its number is drawn all the same.
+        """
+        draw(self, generator)
+        draw_xavier(self.patch_embed.proj.weight, generator)
+        bias = self.patch_embed.proj.bias
+        draw_uniform(torch.empty_like(bias) if keep_patch_bias else bias, self.grid.row_length**-0.5, generator)
+        if self.cls_token is not None:
+            draw_normal(self.cls_token, 0.02, generator)
+
+    def embed(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Pixels [B, T, H, W, C] uint8 -> [B, P + n, D] in the residual dtype; only the patches ``rows`` [B, n] int32.
+
+        Raises:
+            UserError: pixels of another shape than the grid's.
+        """
+        if pixels.dim() != 5 or tuple(pixels.shape[1:]) != self.grid.pixel_shape:
+            expected = ", ".join(map(str, self.grid.pixel_shape))
+            raise UserError(f"pixels: expected uint8 [B, {expected}], got {pixels.dtype} {list(pixels.shape)}")
+        compute, residual = self.precision.compute, self.precision.residual
+        positions = self.pos_embed[0, self.prefix :]
+        fused = compute == residual  # else the sum with the positions must not be rounded to the compute dtype
+        x = tokens.embed_patches(
+            pixels,
+            rows,
+            self.patch_embed.proj.rows(),
+            self.patch_embed.proj.bias,
+            positions if fused else None,
+            patch=self.grid.patch,
+            mean=self.mean,
+            std=self.std,
+            dtype=compute,
+        )
+        if not fused:
+            x = (x + (positions if rows is None else positions[rows.long()])).to(residual)
+        if self.cls_token is not None:
+            cls = (self.cls_token + self.pos_embed[:, :1]).to(residual)
+            x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+        return x
+
+    def forward(
+        self, pixels: Tensor, rows: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Tokens after the last block and the final norm.
+
+        Args:
+            pixels: [B, T, H, W, C] uint8.
+            rows: [B, n] int32, the patches to look at (``plan.visible``); None for all N.
+            generator: where drop path draws from while training; None for torch's default.
+
+        Returns:
+            [B, P + n, D] in the compute dtype, the cls token first.
+        """
+        x = run_blocks(
+            self.blocks,
+            self.embed(pixels, rows),
+            self.precision.compute,
+            self.drop_path(pixels.shape[0], generator),
+        )
+        return self.norm(x, self.precision.compute)
+
+    def intermediates(
+        self,
+        pixels: Tensor,
+        layers: Sequence[int],
+        rows: Tensor | None = None,
+        *,
+        queries: Tensor | None = None,
+        norm: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Residual streams after the blocks ``layers`` (1-based and ascending; 0 is the embedding), no further.
+
+        Args:
+            pixels, rows, generator: as in :meth:`forward`.
+            layers: which blocks' outputs.
+            queries: [B, q] int32, the rows of [0, P + n) that are read; the last block computes nothing else.
+            norm: apply the final norm to each.
+
+        Returns:
+            One [B, q or P + n, D] a layer, in the residual dtype.
+
+        Raises:
+            UserError: layers that are not ascending inside [0, depth].
+        """
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > self.depth:
+            raise UserError(f"layers: expected ascending numbers in [0, {self.depth}], got {list(layers)}")
+        x = self.embed(pixels, rows)
+        drop = self.drop_path(pixels.shape[0], generator)
+        found, start = [], 0
+        for layer in layers:
+            last = layer == layers[-1]
+            x = run_blocks(
+                self.blocks[start:layer],
+                x,
+                self.precision.compute,
+                None if drop is None else drop[start:layer],
+                queries if last else None,
+            )
+            found.append(x if last or queries is None else tokens.take(x, queries))
+            start = layer
+        return [self.norm(x) for x in found] if norm else found
+
+    def features(self, pixels: Tensor) -> Features:
+        """Features of whole images for evaluation, after the final norm."""
+        x = self(pixels).float()
+        return Features(x[:, 0] if self.prefix else None, x[:, self.prefix :].mean(1))
+
+    def flops(self, visible: int | None = None, queries: int | None = None) -> int:
+        """Multiply-adds x 2 of one sample's forward over ``visible`` patches, the last block for ``queries`` rows."""
+        patches = self.grid.size if visible is None else visible
+        n, width = patches + self.prefix, self.width
+        embed = 2 * patches * self.grid.row_length * width
+        full = block_flops(width, n, n)
+        if self.depth == 0:
+            return embed
+        return embed + full * (self.depth - 1) + block_flops(width, n, n if queries is None else queries)
+
+
+def block_flops(width: int, tokens: int, queries: int) -> int:
+    """Of one block with MLP ratio 4: keys and values of all tokens, the rest of the ``queries`` only."""
+    return 4 * width**2 * tokens + 20 * width**2 * queries + 4 * queries * tokens * width
