@@ -1,6 +1,7 @@
 # Cohobate. `make demo` and `make test` are all you need; each prepares .venv by itself the first time.
 #
 #   make demo LOADER=dali-cpu         another image loader (auto, torch, dali-cpu, dali-gpu)
+#   make demo RUN=runs/demo-...       goes on with a run that was interrupted; without it every demo is a new run
 #   make test PYTHON=python3.12       another Python
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                                     a CPU-only torch (on Linux the default one brings the CUDA libraries)
@@ -10,6 +11,9 @@ VENV        ?= .venv
 LOADER      ?= auto
 CACHE       ?= .cache
 TORCH_INDEX ?=
+ifndef RUN
+RUN         := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+endif
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.cohobate-installed
@@ -40,8 +44,8 @@ native: $(STAMP) ## compile the C++ kernels into kernels/
 	@$(BIN)/python setup.py --quiet build_native --inplace
 
 demo: $(STAMP) native ## train the demo on generated JPEGs and write its report page
-	@$(BIN)/cohobate data make $(CACHE)/demo-images
-	@$(BIN)/cohobate train demo data.root=$(CACHE)/demo-images data.loader=$(LOADER) run=runs/demo
+	@test -d $(CACHE)/demo-images || $(BIN)/cohobate data make $(CACHE)/demo-images
+	@$(BIN)/cohobate train demo data.root=$(CACHE)/demo-images data.loader=$(LOADER) run=$(RUN)
 
 test: $(STAMP) native lint ## everything that can be proved here: style, types, tests, Triton's interpreter
 	@echo "tests in Triton's interpreter"

@@ -68,11 +68,12 @@ def build_library(output: Path) -> None:
     configure += [f"-DCMAKE_PREFIX_PATH={prefix}", f"-DCOHOBATE_OUTPUT_DIR={output}"]
     if ninja is not None:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    for step in (configure, [cmake, "--build", str(work), "--config", "Release"]):
-        done = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    compile_ = [cmake, "--build", str(work), "--config", "Release"]
+    for step, command in (("configure", configure), ("compile", compile_)):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             sys.stderr.write(done.stdout)
-            raise NativeUnavailable(f"{' '.join(step[:3])} ... failed with code {done.returncode} (output above)")
+            raise NativeUnavailable(f"cmake could not {step} them (its output is above)")
     if not (output / LIBRARY).is_file():
         raise NativeUnavailable(f"CMake finished but left no {LIBRARY} in {output}")
 

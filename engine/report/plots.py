@@ -137,13 +137,14 @@ def quality(run: Run) -> Figure | None:
         for colour, label in zip(COLOURS, labels):
             rows = [found for found in run.evaluations if (found.metric, found.label) == (metric, label)]
             _stage_lines(ax, [(found, found.value) for found in rows], colour)
+        _from_zero(ax)
         _end_labels(ax, "{:.0%}")
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if ranks:
         axes[0, -1].set_title("effective rank of the features")
         _stage_lines(axes[0, -1], [(found, found.effective_rank) for found in ranks], INK)
+        _from_zero(axes[0, -1])
         _end_labels(axes[0, -1], "{:.0f}")
-        axes[0, -1].set_ylim(bottom=0)
     stages = sorted({found.stage for found in run.evaluations})
     for ax in axes[0]:
         ax.set_xticks(stages, [run.stage_name(stage).replace(" ", "\n", 1) for stage in stages])
@@ -154,6 +155,11 @@ def quality(run: Run) -> Figure | None:
         keys.append(Line2D([], [], color=INK, linestyle=line, marker=marker, label=f"features: {features}"))
     made.legend(handles=keys, loc="outside lower center", ncols=len(keys), handlelength=3)
     return made
+
+
+def _from_zero(ax: Axes, least: float = 0.0) -> None:
+    """Let the axis begin at 0, with room above the data (up to ``least`` at the least)."""
+    ax.set_ylim(0, max(least, 1.02 * ax.get_ylim()[1], np.finfo(float).tiny))
 
 
 def _stage_lines(ax: Axes, found: Sequence[tuple[Evaluation, float]], colour: str) -> None:
@@ -167,16 +173,19 @@ def _stage_lines(ax: Axes, found: Sequence[tuple[Evaluation, float]], colour: st
 
 
 def _end_labels(ax: Axes, text: str) -> None:
-    """Write each line's last value beside its end, moved apart where two would overlap."""
-    lines = [line for line in ax.get_lines() if len(np.asarray(line.get_xdata()))]
-    ends = [(float(np.asarray(line.get_xdata())[-1]), float(np.asarray(line.get_ydata())[-1]), line) for line in lines]
-    low, high = ax.get_ylim()
-    free = -math.inf
-    for stage, value, line in sorted(ends, key=lambda end: end[1]):
-        height = max(value, free)
-        free = height + 0.065 * (high - low)
+    """Write each line's last value beside its end; where two would overlap, both give way."""
+    lines = [line for line in ax.get_lines() if np.size(line.get_xydata())]
+    ends = [(np.asarray(line.get_xydata())[-1], line.get_color()) for line in lines]
+    ends.sort(key=lambda end: float(end[0][1]))
+    heights = np.array([float(value) for (_, value), _ in ends])
+    gap = 0.065 * float(np.ptp(ax.get_ylim()))
+    for _ in range(50):  # neighbours push each other apart by what is missing
+        missing = np.maximum(gap - np.diff(heights), 0) / 2
+        heights[:-1] -= missing
+        heights[1:] += missing
+    for height, ((stage, value), colour) in zip(heights, ends):
         ax.annotate(text.format(value), (stage, height), (7, 0), textcoords="offset points", va="center",
-                    color=line.get_color(), fontsize=8.5, annotation_clip=False)  # fmt: skip
+                    color=colour, fontsize=8.5, annotation_clip=False)  # fmt: skip
 
 
 @styled
@@ -188,10 +197,11 @@ def signals(run: Run) -> Figure | None:
         return None
     made, axes = figure(2.4, 1, len(present))
     for ax, (key, name) in zip(axes[0], present.items()):
-        ax.plot(*run.series(key), color=BLUE, linewidth=1.5)
+        for stage in run.stages:
+            ax.plot(*run.series(key, stage), color=BLUE, linewidth=1.5)
+        _from_zero(ax)
         ax.set_title(name)
         ax.set_xlabel("step of the run")
-        ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _mark_stages(ax, run)
     return made
@@ -208,11 +218,11 @@ def throughput(run: Run) -> Figure | None:
         steps, rate = run.series("perf/samples_s", stage)
         top.plot(steps, rate, color=GREEN, linewidth=1, alpha=0.3)
         top.plot(steps, smoothed(rate, max(1, len(rate) // 25) | 1), color=GREEN, linewidth=2)
-    top.set_ylim(bottom=0)
+    _from_zero(top)
     top.set_ylabel("samples / s")
     steps, wait = run.series("perf/data_wait")
     low.fill_between(steps, wait, color=ORANGE, alpha=0.6, linewidth=0)
-    low.set_ylim(0, max(0.1, 1.15 * float(np.nanmax(wait))) if np.isfinite(wait).any() else 1)
+    _from_zero(low, least=0.1)
     low.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     low.yaxis.set_major_locator(MaxNLocator(3))
     low.set_ylabel("waiting\nfor data")
