@@ -1,0 +1,171 @@
+"""What a run writes while it trains: JSON lines, TensorBoard, and where the time went."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+# Dense bf16 peak of devices whose data sheet we know, FLOP/s.
+_PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "V100": 125e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU, FLOP/s; None for others and for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAKS.items() if key in name.replace("-", " ").split()), None)
+
+
+class JsonLines:
+    """A file of one JSON object a line, flushed line by line so that a crash loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append ``rows`` in one write; numbers that are not finite become null."""
+        self._file.write("".join(json.dumps(_plain(row)) + "\n" for row in rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def trim_lines(path: Path, last_step: int) -> None:
+    """Drop the lines written after update ``last_step``, and half-written ones: a resumed run says nothing twice."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row.get("step", 0) <= last_step:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+class Board:
+    """TensorBoard, or nothing where it is switched off. Its import takes a second, so it happens here."""
+
+    def __init__(self, folder: Path, enabled: bool) -> None:
+        self._writer: Any = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Plot every number of ``row`` at ``step``."""
+        if self._writer is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Meter:
+    """Running means of 0-d tensors that stay on the device until they are read, once every few updates."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._names: tuple[str, ...] = ()
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Add one micro-step's values; the names must stay the same between two reads."""
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        if self._sum is None:
+            self._names, self._sum = tuple(terms), values
+        else:
+            self._sum += values
+        self._count += 1
+
+    def read(self, *others: Tensor) -> tuple[dict[str, float], list[float]]:
+        """The means since the last read, and the values of ``others``, in one wait for the device."""
+        means = self._sum / self._count if self._sum is not None else torch.zeros(0)
+        tail = [other.detach().float().view(1).to(means.device) for other in others]
+        values = torch.cat([means, *tail]).tolist()
+        named = dict(zip(self._names, values))
+        self._sum, self._names, self._count = None, (), 0
+        return named, values[len(named) :]
+
+
+class Clock:
+    """Seconds by activity. ``mark(name)`` says what the time since the last mark was spent on.
+
+    On CUDA the marks are events of the stream, read in :meth:`flush` when the device has been waited for anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._since: dict[str, float] = defaultdict(float)
+        self.total: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, Any]] = []
+        self._last = self._now()
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # type: ignore[no-untyped-call]
+        return event
+
+    def skip(self) -> None:
+        """Start anew: the time since the last mark counts for nothing."""
+        self.flush()
+        self._last = self._now()
+
+    def mark(self, name: str) -> None:
+        """The time since the last mark was ``name``."""
+        now = self._now()
+        if self._cuda:
+            self._events.append((name, self._last))
+        else:
+            self._since[name] += now - self._last
+        self._last = now
+
+    def flush(self) -> dict[str, float]:
+        """Seconds by activity since the last flush, added to ``total`` as well."""
+        if self._cuda and self._events:
+            self._last.synchronize()
+            ends = [event for _, event in self._events[1:]] + [self._last]
+            for (name, begin), end in zip(self._events, ends):
+                self._since[name] += begin.elapsed_time(end) / 1e3
+            self._events.clear()
+        spent = dict(self._since)
+        for name, seconds in spent.items():
+            self.total[name] += seconds
+        self._since.clear()
+        return spent
+
+
+def step_flops(encoder: int, decoder: int, teacher: int) -> int:
+    """FLOPs of one training sample: the student forward and backward (3x), the teacher forward."""
+    return 3 * (encoder + decoder) + teacher
+
+
+def block_flops(width: int, depth: int, tokens: int, mlp_ratio: float = 4.0) -> int:
+    """Forward FLOPs of ``depth`` pre-LN blocks on ``tokens`` tokens, 2 for each multiply-add; norms are left out."""
+    linear = (8 + 4 * mlp_ratio) * width * width * tokens
+    return int(depth * (linear + 4 * tokens * tokens * width))
