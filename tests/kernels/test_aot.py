@@ -22,15 +22,17 @@ ARCHES = (80, 90, 100)
 CASES = [(arch, case) for arch in ARCHES for module in aot.modules() for case in module.aot_cases(f"sm{arch}")]
 NAMES = [f"{case.kernel.__name__}-{case.name}-sm{arch}".replace(" ", "-") for arch, case in CASES]
 
-_reports: dict[tuple[str, int], aot.Report] = {}
+_reports: dict[tuple[str, int, frozenset[str]], aot.Report] = {}
 
 
 @pytest.mark.parametrize(("arch", "case"), CASES, ids=NAMES)
 def test_compiles_and_meets_expectations(arch: int, case: aot.AotCase) -> None:
-    key = (case.key(), arch)
+    # Reading instructions takes longer than compiling, so it is done where the machine code matters most.
+    expects = case.expects if arch == 90 else frozenset()
+    key = (case.key(), arch, expects)
     if key not in _reports:
-        _reports[key] = aot.compile_case(case, arch)
-    assert _reports[key].faults(case.expects) == []
+        _reports[key] = aot.compile_case(dataclasses.replace(case, expects=expects), arch)
+    assert _reports[key].faults(expects) == []
 
 
 def test_every_kernel_has_a_case_on_every_architecture() -> None:
@@ -51,7 +53,7 @@ def test_tuning_entries_are_well_formed(architecture: str) -> None:
 
     for entry in tuning.entries(architecture):
         assert set(entry) == {"op", "dtype", "width", "tokens", "config", "provenance"}
-        assert entry["op"] in OPS
+        assert any(entry["op"] == op or entry["op"].startswith(f"{op}_") for op in OPS)
         assert entry["config"]["num_warps"] in (1, 2, 4, 8, 16)
         assert all(isinstance(value, int) for value in entry["config"].values())
     with_triton = {name for name, op in OPS.items() if "triton" in op.implementations}
@@ -103,16 +105,19 @@ def test_report_sees_spills() -> None:
 
 
 def test_report_sees_the_width_of_loads() -> None:
-    scalar = aot.compile_case(_case(_narrow, {"N": 256}, n="i32"), 90)
-    wide = aot.compile_case(_case(_narrow, {"N": 256}, n="i32:16"), 90)
-    assert scalar.faults(frozenset({"vector16"})) == [f"expected {aot.EXPECTATIONS['vector16']}, found none"]
-    assert wide.faults(frozenset({"vector16"})) == []
+    wide = frozenset({"vector16"})
+    faults = [
+        aot.compile_case(dataclasses.replace(_case(_narrow, {"N": 256}, n=kind), expects=wide), 90).faults(wide)
+        for kind in ("i32", "i32:16")
+    ]
+    assert faults == [[f"expected {aot.EXPECTATIONS['vector16']}, found none"], []]
 
 
 def test_case_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="signature: probe leaves out n"):
         aot.compile_case(_case(_narrow, {"N": 256}), 90)
-    report = aot.Report(90, 32, 0, 0, True, True, frozenset())
+    report = aot.Report(arch=90, registers=32, spilled=0, shared=0, instructions=frozenset({"HMMA.16816.F32"}))
+    assert report.faults(frozenset({"tensor_core"})) == []
     assert report.faults(frozenset({"wgmma"})) != []
     with pytest.raises(ValueError, match="got vectorised"):
         report.faults(frozenset({"vectorised"}))
