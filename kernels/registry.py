@@ -58,6 +58,17 @@ def register(op: Op) -> Op:
     return op
 
 
+def dtype_limit(implementation: str, *dtypes: torch.dtype) -> Callable[..., list[str]]:
+    """A limit for :class:`Op`: the fact ``dtype`` of a call must be one of these."""
+
+    def limit(*, dtype: torch.dtype, **_: Any) -> list[str]:
+        if dtype in dtypes:
+            return []
+        return [f"{implementation} computes in {', '.join(map(_short, dtypes))}, not {_short(dtype)}"]
+
+    return limit
+
+
 def define(
     schema: str,
     *,
@@ -88,7 +99,7 @@ def define(
 
 
 def why_not(name: str, implementation: str, device: str, **facts: Any) -> list[str]:
-    """Reasons why ``implementation`` of op ``name`` cannot run on ``device`` ("cpu", "cuda", ...); empty when it can."""
+    """Reasons why ``implementation`` of op ``name`` cannot run on ``device`` ("cpu", "cuda"); empty when it can."""
     op = OPS[name]
     if implementation not in op.implementations:
         return [f"{name} has no {implementation} implementation"]
@@ -167,7 +178,7 @@ def check_tensor(
     shape: Sequence[int | None] | None = None,
     like: torch.Tensor | None = None,
 ) -> None:
-    """Raise a one-line error naming ``argument`` unless the tensor has one of ``dtypes``, ``shape`` and ``like``'s device.
+    """Raise a one-line error naming ``argument`` unless the tensor has one of ``dtypes``, ``shape``, ``like``'s device.
 
     ``None`` inside ``shape`` allows any size.
 
@@ -178,8 +189,8 @@ def check_tensor(
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(tensor).__name__}")
     if dtypes is not None and tensor.dtype not in dtypes:
-        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{argument}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        names = " or ".join(map(_short, dtypes))
+        raise TypeError(f"{argument}: expected dtype {names}, got {_short(tensor.dtype)}")
     if shape is not None:
         fits = tensor.dim() == len(shape) and all(e is None or e == s for e, s in zip(shape, tensor.shape, strict=True))
         if not fits:
@@ -187,6 +198,10 @@ def check_tensor(
             raise ValueError(f"{argument}: expected shape [{expected}], got {list(tensor.shape)}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{argument}: expected device {like.device}, got {tensor.device}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _environment = os.environ.get("COHOBATE_BACKEND", "auto")

@@ -1,5 +1,6 @@
 #include "rows.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace cohobate {
@@ -14,14 +15,27 @@ void take(const char* x, int64_t x_batch_stride, int64_t x_row_stride, const int
   }
 }
 
+// A task writes one chunk of a sample's output rows, each once: it looks up which input row, if any, goes there.
 void put(const char* x, int64_t x_batch_stride, int64_t x_row_stride, const int32_t* rows, int64_t rows_stride, char* out,
          int64_t batch, int64_t count, int64_t length, int64_t width) {
+  constexpr int64_t chunk = 64;
+  const int64_t chunks = (length + chunk - 1) / chunk;
 #pragma omp parallel for schedule(static)
-  for (int64_t b = 0; b < batch; ++b) {
-    char* sample = out + b * length * width;
-    std::memset(sample, 0, length * width);
-    for (int64_t j = 0; j < count; ++j)
-      std::memcpy(sample + rows[b * rows_stride + j] * width, x + b * x_batch_stride + j * x_row_stride, width);
+  for (int64_t task = 0; task < batch * chunks; ++task) {
+    const int64_t b = task / chunks, first = task % chunks * chunk, size = std::min(chunk, length - first);
+    int64_t source[chunk];
+    std::fill_n(source, size, -1);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t place = rows[b * rows_stride + j] - first;
+      if (place >= 0 && place < size) source[place] = j;
+    }
+    for (int64_t k = 0; k < size; ++k) {
+      char* target = out + (b * length + first + k) * width;
+      if (source[k] < 0)
+        std::memset(target, 0, width);
+      else
+        std::memcpy(target, x + b * x_batch_stride + source[k] * x_row_stride, width);
+    }
   }
 }
 

@@ -8,8 +8,8 @@
 | rows   | [B, n]      | int32             | any             |
 | out    | [B, n|N, D] | as x              | contiguous      |
 
-Each is the other's gradient, so a sample's rows must be distinct: nothing is ever added, and the result repeats bit for bit.
-Bytes: read and write n*D values a sample (put also writes the N-n zero rows). No FLOPs.
+Each is the other's gradient, so a sample's rows must be distinct: nothing is ever added, and the result repeats bit for
+bit. Bytes: read and write n*D values a sample (put also writes the N-n zero rows). No FLOPs.
 """
 
 from __future__ import annotations
@@ -48,29 +48,73 @@ def rows_cost(batch: int, count: int, width: int, itemsize: int, length: int | N
 
 # ---------------------------------------------------------------------------------------------------------- Triton
 
+TILE = 2048  # values a program moves at a time: 128 threads, 16 each
 
-@jit
-def _take_kernel(x_ptr, rows_ptr, out_ptr, n, stride_x_b, stride_x_n, stride_rows_b, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program copies one output row."""
-    program = tl.program_id(0).to(tl.int64)
-    sample, j = program // n, program % n
-    source = tl.load(rows_ptr + sample * stride_rows_b + j).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    inside = columns < D
-    value = tl.load(x_ptr + sample * stride_x_b + source * stride_x_n + columns, mask=inside, other=0.0)
-    tl.store(out_ptr + program * D + columns, value, mask=inside)
+
+def column_block(width: int) -> int:
+    """Columns of a tile: a power of two that divides the width, so that no lane idles, where there is one of use."""
+    divisor = width & -width
+    block = divisor if divisor >= 64 else 1 << max(width - 1, 0).bit_length()
+    return min(block, 1024)
 
 
 @jit
-def _put_kernel(x_ptr, rows_ptr, out_ptr, n, length, stride_x_b, stride_x_n, stride_rows_b, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program copies one input row to its place; the rows in between were zeroed before."""
-    program = tl.program_id(0).to(tl.int64)
-    sample, j = program // n, program % n
-    target = tl.load(rows_ptr + sample * stride_rows_b + j).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    inside = columns < D
-    value = tl.load(x_ptr + sample * stride_x_b + j * stride_x_n + columns, mask=inside, other=0.0)
-    tl.store(out_ptr + (sample * length + target) * D + columns, value, mask=inside)
+def _take_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    rows_ptr,
+    out_ptr,
+    n,
+    stride_x_b,
+    stride_x_n,
+    stride_rows_b,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program copies BLOCK_R output rows of one sample."""
+    sample = tl.program_id(0).to(tl.int64)
+    target = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    wanted = target < n
+    source = tl.load(rows_ptr + sample * stride_rows_b + target, mask=wanted, other=0).to(tl.int64)
+    x_row = x_ptr + sample * stride_x_b + source * stride_x_n
+    out_row = out_ptr + (sample * n + target) * D
+    for start in tl.static_range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = wanted[:, None] & (column < D)[None, :]
+        value = tl.load(x_row[:, None] + column[None, :], mask=inside, other=0.0)
+        tl.store(out_row[:, None] + column[None, :], value, mask=inside)
+
+
+@jit
+def _put_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    rows_ptr,
+    out_ptr,
+    n,
+    length,
+    stride_x_b,
+    stride_x_n,
+    stride_rows_b,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program writes BLOCK_R output rows of one sample: it looks them up in the index; the absent ones are zero."""
+    sample = tl.program_id(0).to(tl.int64)
+    target = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    source = tl.full([BLOCK_R], -1, tl.int32)
+    for start in range(0, n, 64):
+        candidate = start + tl.arange(0, 64)
+        row = tl.load(rows_ptr + sample * stride_rows_b + candidate, mask=candidate < n, other=-1)
+        hit = tl.where(row[None, :] == target[:, None], candidate[None, :], -1)
+        source = tl.maximum(source, tl.max(hit, axis=1))
+    x_row = x_ptr + sample * stride_x_b + source.to(tl.int64) * stride_x_n
+    out_row = out_ptr + (sample * length + target) * D
+    for start in tl.static_range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = (column < D)[None, :]
+        value = tl.load(x_row[:, None] + column[None, :], mask=inside & (source >= 0)[:, None], other=0.0)
+        tl.store(out_row[:, None] + column[None, :], value, mask=inside & (target < length)[:, None])
 
 
 def _take_triton(x: Tensor, rows: Tensor) -> Tensor:
@@ -78,23 +122,27 @@ def _take_triton(x: Tensor, rows: Tensor) -> Tensor:
     width = x.shape[-1]
     out = x.new_empty(batch, n, width)
     if out.numel():
+        block = column_block(width)
         config = tuning.lookup("take", str(x.dtype), width, n, architecture(x.device))
+        grid = (batch, triton.cdiv(n, TILE // block))
+        strides = (x.stride(0), x.stride(1), rows.stride(0))
         with torch.cuda.device_of(x):
-            _take_kernel[(batch * n,)](
-                x, rows, out, n, x.stride(0), x.stride(1), rows.stride(0), D=width, BLOCK_D=triton.next_power_of_2(width), **config
-            )
+            _take_kernel[grid](x, rows, out, n, *strides, D=width, BLOCK_R=TILE // block, BLOCK_D=block, **config)
     return out
 
 
 def _put_triton(x: Tensor, rows: Tensor, length: int) -> Tensor:
     batch, n = rows.shape
     width = x.shape[-1]
-    out = x.new_zeros(batch, length, width)
-    if x.numel():
-        config = tuning.lookup("put", str(x.dtype), width, n, architecture(x.device))
+    out = x.new_empty(batch, length, width)
+    if out.numel():
+        block = column_block(width)
+        config = tuning.lookup("put", str(x.dtype), width, length, architecture(x.device))
+        grid = (batch, triton.cdiv(length, TILE // block))
+        strides = (x.stride(0), x.stride(1), rows.stride(0))
         with torch.cuda.device_of(x):
-            _put_kernel[(batch * n,)](
-                x, rows, out, n, length, x.stride(0), x.stride(1), rows.stride(0), D=width, BLOCK_D=triton.next_power_of_2(width), **config
+            _put_kernel[grid](
+                x, rows, out, n, length, *strides, D=width, BLOCK_R=TILE // block, BLOCK_D=block, **config
             )
     return out
 
@@ -103,18 +151,18 @@ def aot_cases(architecture: str) -> list[AotCase]:
     """The kernels as the launchers above call them, for :mod:`cohobate.kernels.aot`."""
     from cohobate.kernels.aot import AotCase, pointer, shipped
 
-    strides = {"stride_x_b": "i32:16", "stride_x_n": "i32:16", "stride_rows_b": "i32", "n": "i32", "length": "i32"}
+    sizes = {"n": "i32", "length": "i32", "stride_x_b": "i32:16", "stride_x_n": "i32:16", "stride_rows_b": "i32"}
     return [
         AotCase(
             kernel=kernel,
-            signature={"x_ptr": pointer(dtype), "rows_ptr": "*i32", "out_ptr": pointer(dtype), **strides},
-            constexprs={"D": width, "BLOCK_D": triton.next_power_of_2(width)},
+            signature={"x_ptr": pointer(dtype), "rows_ptr": "*i32", "out_ptr": pointer(dtype), **sizes},
+            constexprs={"D": width, "BLOCK_R": TILE // column_block(width), "BLOCK_D": column_block(width)},
             config=config,
             expects=frozenset({"vector16"}),
-            name=f"{op} {dtype} {width}",
+            name=f"{dtype} {width}",
         )
         for op, kernel in (("take", _take_kernel), ("put", _put_kernel))
-        for dtype, width, config in shipped(op, architecture, dtypes=FLOAT_DTYPES, widths=(768, 1024))
+        for dtype, width, config in shipped(op, architecture, dtypes=FLOAT_DTYPES, widths=(384, 768))
     ]
 
 
@@ -162,7 +210,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (rows,) = ctx.saved_tensors
-        return _put_op(_rows_dense(grad), rows, ctx.length, ctx.impl), None, None
+        return _Put.apply(rows_dense(grad), rows, ctx.length, ctx.impl), None, None
 
 
 class _Put(torch.autograd.Function):
@@ -175,7 +223,7 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (rows,) = ctx.saved_tensors
-        return _take_op(_rows_dense(grad), rows, ctx.impl), None, None, None
+        return _Take.apply(rows_dense(grad), rows, ctx.impl), None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -199,7 +247,7 @@ def take(x: Tensor, rows: Tensor, *, backend: str | None = None) -> Tensor:
     impl = choose("take", x, backend)
     if impl == "reference":
         return take_reference(x, rows)
-    out: Tensor = _Take.apply(_rows_dense(x), _indices_dense(rows), impl)
+    out: Tensor = _Take.apply(rows_dense(x), indices_dense(rows), impl)
     return out
 
 
@@ -226,7 +274,7 @@ def put(x: Tensor, rows: Tensor, length: int, *, backend: str | None = None) -> 
     impl = choose("put", x, backend)
     if impl == "reference":
         return put_reference(x, rows, length)
-    out: Tensor = _Put.apply(_rows_dense(x), _indices_dense(rows), length, impl)
+    out: Tensor = _Put.apply(rows_dense(x), indices_dense(rows), length, impl)
     return out
 
 
@@ -235,9 +283,11 @@ def _check(x: Tensor, rows: Tensor) -> None:
     check_tensor("rows", rows, dtypes=(torch.int32,), shape=(x.shape[0], None), like=x)
 
 
-def _rows_dense(x: Tensor) -> Tensor:
+def rows_dense(x: Tensor) -> Tensor:
+    """x with rows whose values are adjacent, as the kernels read them; a copy only where they are not."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _indices_dense(rows: Tensor) -> Tensor:
+def indices_dense(rows: Tensor) -> Tensor:
+    """rows with a sample's indices adjacent; a copy only where they are not."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
