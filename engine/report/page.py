@@ -25,8 +25,8 @@ QUALITY_NOTE = (
 )
 SAMPLES_NOTE = (
     "Hidden patches are grey. The features of each token are shown as their first three principal components in red, "
-    "green and blue: equal colours mean similar features. The target is what the teacher gives, the prediction what "
-    "the student makes of the patches that it sees."
+    "green and blue: equal colours mean similar features. The target is what the loss asks for (the teacher's features, "
+    "or the pixels where there is no teacher), the prediction what the student makes of the patches that it sees."
 )
 
 
@@ -192,7 +192,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         shown = [": ".join(map(str, item)) if isinstance(item, list) else str(item) for item in value[:FILES_SHOWN]]
         more = [f"and {len(value) - FILES_SHOWN} more"] if len(value) > FILES_SHOWN else []
-        yield name, "\n".join(shown + more) or "none"
+        short = all(isinstance(item, (str, int, float)) for item in value) and len(" ".join(shown)) < 100
+        yield name, (" " if short else "\n").join(shown + more) or "none"
     else:
         yield name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
