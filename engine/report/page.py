@@ -26,7 +26,8 @@ QUALITY_NOTE = (
 SAMPLES_NOTE = (
     "Hidden patches are grey. The features of each token are shown as their first three principal components in red, "
     "green and blue: equal colours mean similar features. The target is what the loss asks for (the teacher's "
-    "features, or the pixels where there is no teacher), the prediction what the student makes of the patches that it sees."
+    "features, or the pixels where there is no teacher), the prediction what the student makes of the patches that it "
+    "sees."
 )
 
 
