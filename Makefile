@@ -44,7 +44,7 @@ native: $(STAMP) ## compile the C++ kernels into kernels/
 	@$(BIN)/python setup.py --quiet build_native --inplace
 
 demo: $(STAMP) native ## train the demo on generated JPEGs and write its report page
-	@test -d $(CACHE)/demo-images || $(BIN)/cohobate data make $(CACHE)/demo-images
+	@$(BIN)/cohobate data make $(CACHE)/demo-images
 	@$(BIN)/cohobate train demo data.root=$(CACHE)/demo-images data.loader=$(LOADER) run=$(RUN)
 
 test: $(STAMP) native lint ## everything that can be proved here: style, types, tests, Triton's interpreter
