@@ -124,21 +124,19 @@ def choose(name: str, tensor: torch.Tensor, backend: str | None = None, **facts:
     Raises:
         ValueError: ``backend`` is not a known name, or the one asked for by name cannot run (every reason is listed).
     """
-    wanted = backend if backend is not None else _override()
-    return _resolve(name, tensor.device.type, wanted, tuple(sorted(facts.items())))
+    override = _overrides[-1] if _overrides else None
+    return _resolve(
+        name, tensor.device.type, backend if backend is not None else override, tuple(sorted(facts.items()))
+    )
 
 
-def _override() -> str:
-    return _overrides[-1] if _overrides else _environment
-
-
-def _resolve(name: str, device: str, wanted: str, facts: tuple[tuple[str, Any], ...]) -> str:
+def _resolve(name: str, device: str, backend: str | None, facts: tuple[tuple[str, Any], ...]) -> str:
+    source, wanted = ("backend", backend) if backend is not None else ("COHOBATE_BACKEND", _environment)
+    _check_name(source, wanted)
     if wanted != "auto":
-        if wanted not in IMPLEMENTATIONS:
-            raise ValueError(f"backend: expected one of auto, {', '.join(IMPLEMENTATIONS)}; got {wanted!r}")
         reasons = why_not(name, wanted, device, **dict(facts))
         if reasons:
-            raise ValueError(f"backend: {wanted!r} cannot run {name}: {'; '.join(reasons)}")
+            raise ValueError(f"{source}: {wanted!r} cannot run {name}: {'; '.join(reasons)}")
         return wanted
     fast = "native" if device == "cpu" else "triton"
     reasons = why_not(name, fast, device, **dict(facts))
@@ -161,13 +159,17 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: ``backend`` is none of auto, reference, native, triton.
     """
-    if backend not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"backend: expected one of auto, {', '.join(IMPLEMENTATIONS)}; got {backend!r}")
+    _check_name("backend", backend)
     _overrides.append(backend)
     try:
         yield
     finally:
         _overrides.pop()
+
+
+def _check_name(source: str, backend: str) -> None:
+    if backend not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"{source}: expected one of auto, {', '.join(IMPLEMENTATIONS)}; got {backend!r}")
 
 
 def check_tensor(
@@ -204,4 +206,4 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_environment = os.environ.get("COHOBATE_BACKEND", "auto")
+_environment = os.environ.get("COHOBATE_BACKEND") or "auto"
