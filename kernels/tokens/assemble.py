@@ -419,7 +419,7 @@ register(
 )
 
 _assemble_op = define(
-    "assemble(Tensor x, Tensor mask_token, Tensor? positions, Tensor rows, bool raster, int prefix, str impl)"
+    "assemble(Tensor x, Tensor mask_token, Tensor? positions, Tensor rows, bool raster, SymInt prefix, str impl)"
     " -> Tensor",
     fake=lambda x, mask_token, positions, rows, raster, prefix: x.new_empty(
         x.shape[0], prefix + rows.shape[1], x.shape[-1]
@@ -446,8 +446,8 @@ def _assemble_backward_fake(
 
 
 _assemble_backward_op = define(
-    "assemble_backward(Tensor grad, Tensor rows, int visible, int table, bool raster, int prefix, bool want_mask, "
-    "bool want_positions, str impl) -> (Tensor, Tensor, Tensor)",
+    "assemble_backward(Tensor grad, Tensor rows, SymInt visible, SymInt table, bool raster, SymInt prefix, "
+    "bool want_mask, bool want_positions, str impl) -> (Tensor, Tensor, Tensor)",
     fake=_assemble_backward_fake,
     native=_assemble_backward_native,
     triton=_assemble_backward_triton,

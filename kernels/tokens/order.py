@@ -122,7 +122,7 @@ def _random_order_triton(sample_ids: Tensor, length: int, seed: int, stream: int
     if out.numel():
         config = tuning.lookup("random_order", "torch.int32", 1, length, architecture(sample_ids.device))
         grid = (sample_ids.shape[0], triton.cdiv(length, config["BLOCK"]))
-        words = (_signed(seed, 32), _signed(seed >> 32, 32), _signed(stream, 32))
+        words = [((word & _MASK) ^ 1 << 31) - (1 << 31) for word in (seed, seed >> 32, stream)]  # as int32
         with torch.cuda.device_of(sample_ids):
             _random_order_kernel[grid](sample_ids, out, length, sample_ids.stride(0), *words, **config)
     return out
@@ -160,7 +160,7 @@ def _random_order_native(sample_ids: Tensor, length: int, seed: int, stream: int
 register(Op("random_order", ("reference", "native", "triton"), random_order_cost))
 
 _random_order_op = define(
-    "random_order(Tensor sample_ids, int length, int seed, int stream, str impl) -> Tensor",
+    "random_order(Tensor sample_ids, SymInt length, SymInt seed, SymInt stream, str impl) -> Tensor",
     fake=lambda sample_ids, length, seed, stream: sample_ids.new_empty(sample_ids.shape[0], length, dtype=torch.int32),
     native=_random_order_native,
     triton=_random_order_triton,
@@ -199,11 +199,6 @@ def random_order(sample_ids: Tensor, length: int, *, seed: int, stream: int = 0,
     impl = choose("random_order", sample_ids, backend)
     if impl == "reference":
         return random_order_reference(sample_ids, length, seed=seed, stream=stream)
-    out: Tensor = _random_order_op(sample_ids, length, _signed(seed, 64), stream, impl)
+    seed = seed - (1 << 64) if seed >= 1 << 63 else seed  # the bits as int64, which is what an op takes
+    out: Tensor = _random_order_op(sample_ids, length, seed, stream, impl)
     return out
-
-
-def _signed(value: int, bits: int) -> int:
-    """The low ``bits`` of a number, read as two's complement."""
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value

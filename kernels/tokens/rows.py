@@ -193,7 +193,7 @@ _take_op = define(
     triton=_take_triton,
 )
 _put_op = define(
-    "put(Tensor x, Tensor rows, int length, str impl) -> Tensor",
+    "put(Tensor x, Tensor rows, SymInt length, str impl) -> Tensor",
     fake=lambda x, rows, length: x.new_empty(x.shape[0], length, x.shape[-1]),
     native=_put_native,
     triton=_put_triton,
