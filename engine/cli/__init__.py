@@ -201,19 +201,7 @@ def _evaluate(arguments: list[str]) -> int:
     options = _parse(parser, arguments)
     if options is None:
         return 0
-    from cohobate.training.exports import evaluate_export
-
-    rows = evaluate_export(
-        options.weights,
-        options.data,
-        metric=options.metric,
-        k=options.k,
-        temperature=options.temperature,
-        batch_size=options.batch_size,
-        limits=(options.train_limit, options.test_limit),
-        workers=options.workers,
-        device=options.device,
-    )
+    rows = _quality(options)
     for row in rows:
         print(f"{row['metric']:<8}{row['features']:<6}{row['label']:<16}{row['value']:.4f}")
     if rows:
@@ -222,6 +210,37 @@ def _evaluate(arguments: list[str]) -> int:
         with options.json.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return 0
+
+
+def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from cohobate import data
+    from cohobate.evaluation import ImageSource, evaluate, has_split
+    from cohobate.training import find_export, load_encoder
+    from cohobate.training.distributed import start
+
+    encoder = load_encoder(find_export(options.weights)).to(start(options.device).device)
+    sources = {}
+    for split, limit in (("train", options.train_limit), ("test", options.test_limit)):
+        if not has_split(options.data, split):
+            raise UserError(f"data: expected a train and a test part in {options.data!r}, found no {split}")
+        sources[split] = ImageSource(
+            data.build_manifest(options.data, split=split),
+            (encoder.grid.height, encoder.grid.width),
+            channels=encoder.grid.channels,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            limit=limit,
+        )
+    if sources["train"].manifest.labels is None:
+        raise UserError(f"data: expected labelled images in {options.data!r}, found none with a label")
+    return evaluate(
+        encoder,
+        sources["train"],
+        sources["test"],
+        metrics=(options.metric,),
+        k=options.k,
+        temperature=options.temperature,
+    )
 
 
 def _rank_of(row: dict[str, Any]) -> str:
@@ -253,23 +272,8 @@ def _data(arguments: list[str]) -> int:
         data.make_images(options.folder, variant=options.variant, seed=options.seed, **counts)
         print(f"images: {options.folder}")
         return 0
-    _inspect(data.build_manifest(options.source, split=options.split))
+    print(data.describe(data.build_manifest(options.source, split=options.split)))
     return 0
-
-
-def _inspect(manifest: Any) -> None:
-    print(f"images      {len(manifest.paths)}")
-    print(f"hash        {manifest.hash}")
-    if manifest.labels is not None:
-        for kind, name in enumerate(manifest.label_names):
-            print(f"label       {name}: {len(set(manifest.labels[:, kind].tolist()))} classes")
-    reasons: dict[str, int] = {}
-    for entry in manifest.quarantine:
-        reason = entry[1] if isinstance(entry, tuple) else getattr(entry, "reason", str(entry))
-        reasons[reason] = reasons.get(reason, 0) + 1
-    print(f"unreadable  {sum(reasons.values())}")
-    for reason, count in sorted(reasons.items()):
-        print(f"            {reason}: {count}")
 
 
 # -- bench and info ----------------------------------------------------------------------------------------------------

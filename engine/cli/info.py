@@ -99,11 +99,14 @@ def _ops() -> Any:
     from cohobate.kernels import OPS, why_not
 
     table = _table("ops", "op", "reference", "native (cpu)", "triton (cuda)")
-    device = {"reference": "cuda" if torch.cuda.is_available() else "cpu", "native": "cpu", "triton": "cuda"}
+    cuda = torch.cuda.is_available()
     for name in sorted(OPS):
         cells = []
-        for implementation, kind in device.items():
-            reasons = why_not(name, implementation, kind)
+        for implementation, device in (("reference", "cpu"), ("native", "cpu"), ("triton", "cuda")):
+            if implementation in OPS[name].implementations and device == "cuda" and not cuda:
+                reasons = ["no CUDA device"]
+            else:
+                reasons = why_not(name, implementation, device)
             cells.append("yes" if not reasons else "no: " + "; ".join(reasons))
         table.add_row(name, *cells)
     return table
@@ -121,9 +124,10 @@ def _loaders() -> Any:
 def _tuning() -> Any:
     from cohobate.kernels import tuning
 
-    table = _table("tuning tables", "architecture", "entries", "measured", "ops")
+    table = _table("tuning tables", "architecture", "entries", "where from", "ops")
     for architecture in tuning.ARCHITECTURES:
         entries = tuning.entries(architecture)
-        measured = sum(1 for entry in entries if "measured" in str(entry.get("provenance", "")))
-        table.add_row(architecture, str(len(entries)), str(measured), ", ".join(sorted({e["op"] for e in entries})))
+        origins = sorted({str(entry["provenance"]) for entry in entries})
+        ops = ", ".join(sorted({str(entry["op"]) for entry in entries}))
+        table.add_row(architecture, str(len(entries)), "; ".join(origins), ops)
     return table

@@ -1,0 +1,63 @@
+"""How good frozen features are: kNN, linear probe, effective rank; on the class token and on the mean patch token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cohobate.evaluation.features import FeatureSet, ImageSource, extract, has_split
+from cohobate.evaluation.knn import knn_accuracy
+from cohobate.evaluation.linear import linear_accuracy
+from cohobate.evaluation.quality import effective_rank
+from cohobate.models import VisionTransformer
+
+__all__ = [
+    "FeatureSet",
+    "ImageSource",
+    "effective_rank",
+    "evaluate",
+    "extract",
+    "has_split",
+    "knn_accuracy",
+    "linear_accuracy",
+]
+
+
+def evaluate(
+    encoder: VisionTransformer,
+    train: ImageSource,
+    test: ImageSource | None,
+    *,
+    metrics: tuple[str, ...] = ("knn", "linear"),
+    k: int = 20,
+    temperature: float = 0.07,
+) -> list[dict[str, Any]]:
+    """One row a (features, label kind, metric): ``features``, ``label``, ``metric``, ``value``, ``effective_rank``.
+
+    Without labels, or without a test part, the only metric is ``effective_rank`` of the training images.
+
+    Args:
+        encoder: on the device to compute on; it is left in the mode it came in.
+        train: the kNN's memory and the probe's training set. test: where accuracy is counted.
+    """
+    device = encoder.pos_embed.device
+    memory = extract(encoder, train, device)
+    ranks = {name: effective_rank(values) for name, values in memory.features.items()}
+    queries = extract(encoder, test, device) if test is not None and memory.labels is not None else None
+    if queries is None or queries.labels is None or memory.labels is None:
+        return [
+            {"features": name, "label": "", "metric": "effective_rank", "value": rank, "effective_rank": rank}
+            for name, rank in ranks.items()
+        ]
+    rows: list[dict[str, Any]] = []
+    for name, values in memory.features.items():
+        data = (values, memory.labels, queries.features[name], queries.labels)
+        found: dict[str, list[float]] = {}
+        if "knn" in metrics:
+            found["knn"] = knn_accuracy(*data, k=k, temperature=temperature)
+        if "linear" in metrics:
+            found["linear"] = linear_accuracy(*data)
+        for metric, accuracies in found.items():
+            for label, value in zip(train.names, accuracies):
+                row = {"features": name, "label": label, "metric": metric, "value": value}
+                rows.append(row | {"effective_rank": ranks[name]})
+    return rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from cohobate.errors import UserError
 
@@ -74,23 +74,6 @@ def sum_over_ranks(ranks: Ranks, vector: Tensor) -> Tensor:
     if ranks.many:
         dist.all_reduce(vector)
     return vector
-
-
-def agree(ranks: Ranks, value: bool) -> bool:
-    """True on every rank if it is true on one."""
-    if not ranks.many:
-        return value
-    flag = torch.tensor(float(value), device=ranks.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-@torch.no_grad()
-def copy_from_first(ranks: Ranks, module: nn.Module) -> None:
-    """Give every rank the first rank's parameters and buffers."""
-    if ranks.many:
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor.detach(), src=0)
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:

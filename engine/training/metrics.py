@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,9 +40,15 @@ class JsonLines:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> JsonLines:
+        return self
 
-def trim_lines(path: Path, last_step: int) -> None:
-    """Drop the lines written after update ``last_step``, and half-written ones: a resumed run says nothing twice."""
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def trim_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave only the lines that ``keep`` wants, and no half-written one: a resumed run says nothing twice."""
     if not path.is_file():
         return
     kept = []
@@ -50,7 +57,7 @@ def trim_lines(path: Path, last_step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row.get("step", 0) <= last_step:
+        if keep(row):
             kept.append(line + "\n")
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
@@ -87,13 +94,14 @@ class Meter:
     """Running means of 0-d tensors that stay on the device until they are read, once every few updates."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
         self._names: tuple[str, ...] = ()
+        self._sum: Tensor | None = None
         self._count = 0
+        self._latest: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Add one micro-step's values; the names must stay the same between two reads."""
+        """Add one micro-batch's values; the names must stay the same between two reads."""
         values = torch.stack([value.detach().float() for value in terms.values()])
         if self._sum is None:
             self._names, self._sum = tuple(terms), values
@@ -101,14 +109,22 @@ class Meter:
             self._sum += values
         self._count += 1
 
-    def read(self, *others: Tensor) -> tuple[dict[str, float], list[float]]:
-        """The means since the last read, and the values of ``others``, in one wait for the device."""
-        means = self._sum / self._count if self._sum is not None else torch.zeros(0)
-        tail = [other.detach().float().view(1).to(means.device) for other in others]
-        values = torch.cat([means, *tail]).tolist()
-        named = dict(zip(self._names, values))
-        self._sum, self._names, self._count = None, (), 0
-        return named, values[len(named) :]
+    def latest(self, values: dict[str, Tensor]) -> None:
+        """Set values of which only the latest counts."""
+        self._latest.update(values)
+
+    @torch.no_grad()
+    def read(self, reduce: Callable[[Tensor], Tensor] = lambda vector: vector) -> dict[str, float]:
+        """The means since the last read and the latest values, in one wait for the device.
+
+        ``reduce`` may turn the vector of all of them, fp32, into its mean over ranks.
+        """
+        means = [] if self._sum is None else [self._sum / self._count]
+        others = [value.detach().float().view(1) for value in self._latest.values()]
+        names = [*self._names, *self._latest]
+        values = reduce(torch.cat(means + others)).tolist() if names else []
+        self._names, self._sum, self._count, self._latest = (), None, 0, {}
+        return dict(zip(names, values))
 
 
 class Clock:
@@ -120,7 +136,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._since: dict[str, float] = defaultdict(float)
-        self.total: dict[str, float] = defaultdict(float)
+        self._total: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, Any]] = []
         self._last = self._now()
 
@@ -130,11 +146,6 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()  # type: ignore[no-untyped-call]
         return event
-
-    def skip(self) -> None:
-        """Start anew: the time since the last mark counts for nothing."""
-        self.flush()
-        self._last = self._now()
 
     def mark(self, name: str) -> None:
         """The time since the last mark was ``name``."""
@@ -146,7 +157,7 @@ class Clock:
         self._last = now
 
     def flush(self) -> dict[str, float]:
-        """Seconds by activity since the last flush, added to ``total`` as well."""
+        """Seconds by activity since the last flush, added to what :meth:`take` gives."""
         if self._cuda and self._events:
             self._last.synchronize()
             ends = [event for _, event in self._events[1:]] + [self._last]
@@ -155,17 +166,13 @@ class Clock:
             self._events.clear()
         spent = dict(self._since)
         for name, seconds in spent.items():
-            self.total[name] += seconds
+            self._total[name] += seconds
         self._since.clear()
         return spent
 
-
-def step_flops(encoder: int, decoder: int, teacher: int) -> int:
-    """FLOPs of one training sample: the student forward and backward (3x), the teacher forward."""
-    return 3 * (encoder + decoder) + teacher
-
-
-def block_flops(width: int, depth: int, tokens: int, mlp_ratio: float = 4.0) -> int:
-    """Forward FLOPs of ``depth`` pre-LN blocks on ``tokens`` tokens, 2 for each multiply-add; norms are left out."""
-    linear = (8 + 4 * mlp_ratio) * width * width * tokens
-    return int(depth * (linear + 4 * tokens * tokens * width))
+    def take(self) -> dict[str, float]:
+        """Seconds by activity since the last take."""
+        self.flush()
+        taken = dict(self._total)
+        self._total.clear()
+        return taken

@@ -80,7 +80,7 @@ class Updater:
         """Update with rate ``rate``, or skip where ``bad`` (0-d fp32) is 1. Call :meth:`gradient_norm` first."""
         self.bad = bad
         self.skipped += bad
-        self.streak = (self.streak + 1) * bad
+        self.streak.add_(1).mul_(bad)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         optimizer: Any = self.optimizer
@@ -89,6 +89,10 @@ class Updater:
             # A norm that is not finite comes with bad=1, so what it is divided by does not matter.
             optimizer.grad_scale = (self.norm / self.clip).clamp_min(1.0)
         self.optimizer.step()
+
+    def counters(self) -> dict[str, Tensor]:
+        """The counts of skipped updates, as a resume point keeps them; loading into them sets them."""
+        return {"skipped": self.skipped, "streak": self.streak}
 
     def zero(self) -> None:
         """Drop the gradients."""

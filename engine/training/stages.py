@@ -1,0 +1,275 @@
+"""Stages: what each one starts from, and what it leaves to the next.
+
+Everything a stage starts from is a function of the configuration, the seed and the export of the stage before, so a
+resumed run rebuilds it: the student (drawn anew from a seed that does not know the rank), the teacher, the optimizer,
+the schedule. A resume point then fills in the student, its decoder and the optimizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cohobate import config as configuration
+from cohobate.config import Config
+from cohobate.errors import UserError
+from cohobate.kernels.alignment import Standardise
+from cohobate.masking import random_plan
+from cohobate.methods import DBOT, MAE, DBOTOptions, MAEOptions
+from cohobate.models import Decoder, Precision, VisionTransformer, build
+from cohobate.teacher import FrozenTeacher, from_student
+from cohobate.training.distributed import Ranks, barrier, derive_seed
+from cohobate.training.exports import CONFIG, export, find_export, load_encoder
+from cohobate.training.optimizer import Updater
+from cohobate.training.schedule import Schedule, peak_rate
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Stage:
+    """A stage that is being trained.
+
+    Attributes:
+        index: from 0. config: the run's, with the stage's ``set`` applied. name, steps: of the stage.
+        method: student, decoder and teacher with their loss. module: ``method``, wrapped for many ranks.
+        updater: the optimizer. schedule: rate of each update of the stage.
+    """
+
+    index: int
+    config: Config
+    name: str
+    steps: int
+    method: DBOT | MAE
+    module: nn.Module
+    updater: Updater
+    schedule: Schedule
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The modules that have trained weights, by the name they have in a resume point."""
+        return {"student": self.method.student, "decoder": self.method.decoder}
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one training sample."""
+        grid, mask = self.method.student.grid, self.config.mask
+        ids = torch.zeros(1, dtype=torch.int64)
+        plan = random_plan(grid, ids, seed=0, stage=0, epoch=0, ratio=mask.ratio, rounding=mask.rounding)
+        return self.method.flops(plan)
+
+
+def stage_steps(config: Config, updates_per_epoch: int) -> list[int]:
+    """Updates of every stage.
+
+    Raises:
+        UserError: a stage too short for a single update.
+    """
+    counts = []
+    for index, stage in enumerate(config.stages):
+        steps = stage.steps if stage.steps is not None else round(stage.epochs * updates_per_epoch)
+        if steps < 1:
+            expected = f"at least one update of {updates_per_epoch} an epoch"
+            raise UserError(f"stages.{index}.epochs: expected {expected}, got {stage.epochs:g}")
+        counts.append(steps)
+    return counts
+
+
+class StageManager:
+    """Makes stages and their exports.
+
+    Args:
+        config: the run's. ranks: who takes part. folder: the run folder. updates_per_epoch: for schedules in epochs.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, updates_per_epoch: int) -> None:
+        self.config, self.ranks, self.folder = config, ranks, folder
+        self.updates_per_epoch = updates_per_epoch
+        self.steps = stage_steps(config, updates_per_epoch)
+        for index in range(len(self.steps)):
+            self._schedule(
+                configuration.for_stage(config, index), index
+            )  # a schedule that cannot be fails before stage 1
+
+    def export_folder(self, index: int) -> Path:
+        """Where stage ``index`` is exported to."""
+        return self.folder / "exports" / f"{index + 1}-{self.config.stages[index].name}"
+
+    def initial_student(self, index: int) -> VisionTransformer:
+        """The student of stage ``index`` before its first update, on the CPU.
+
+        Raises:
+            UserError: a file or an earlier stage whose shape does not fit.
+        """
+        config, stage = configuration.for_stage(self.config, index), self.config.stages[index]
+        student = build_encoder(config)
+        if stage.student.init == "fresh":
+            keep = self.config.compat.keep_patch_bias and index > 0
+            if keep:
+                _copy_patch_bias(load_encoder(self.export_folder(index - 1)), student)
+            student.reset(self._generator("student", index), keep_patch_bias=keep)
+        else:
+            path = self.export_folder(index - 1) if stage.student.init == "previous" else Path(str(stage.student.path))
+            _copy_weights(load_encoder(path), student, f"stages.{index}.student")
+        return student
+
+    def enter(self, index: int, before: Stage | None = None) -> Stage:
+        """Build stage ``index``; ``before`` is the finished one, needed only for compat.keep_optimizer.
+
+        Raises:
+            UserError: parts that do not fit together, or a teacher or student that cannot be read.
+        """
+        config, stage = configuration.for_stage(self.config, index), self.config.stages[index]
+        student = self.initial_student(index)
+        generator = self._generator("decoder", index)
+        if stage.method == "mae":
+            decoder = _decoder(student, None, config, generator)
+            method: DBOT | MAE = MAE(student, decoder, MAEOptions(norm_pix=config.mae.normalise))
+        else:
+            teacher = self._teacher(index, student, config)
+            decoder = _decoder(student, teacher.width, config, generator)
+            method = DBOT(student, decoder, teacher, _dbot_options(config))
+        method.to(self.ranks.device).train()
+        module: nn.Module = method
+        if self.ranks.many:
+            # Sends the first rank's weights to all. Buffers (the teacher) are not sent again at every step.
+            module = DistributedDataParallel(method, broadcast_buffers=False, init_sync=not self._unsynchronised(index))
+        updater = Updater(
+            method,
+            weight_decay=config.optimizer.weight_decay,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            clip=config.optimizer.clip,
+            rule=config.optimizer.decay,
+        )
+        if self.config.compat.keep_optimizer and before is not None:
+            _carry_moments(before, method, updater)
+        schedule = self._schedule(config, index)
+        return Stage(index, config, stage.name, self.steps[index], method, module, updater, schedule)
+
+    def leave(self, stage: Stage, step: int) -> Path:
+        """Export the student and its decoder; returns the folder, complete on every rank."""
+        folder = self.export_folder(stage.index)
+        if self.ranks.first:
+            about = {"stage": stage.name, "method": self.config.stages[stage.index].method, "step": step}
+            export(folder, stage.method.student, stage.method.decoder, about)
+        barrier(self.ranks)
+        return folder
+
+    def _unsynchronised(self, index: int) -> bool:
+        return self.config.compat.unsynchronised_reset and index > 0 and self.ranks.many
+
+    def _generator(self, purpose: str, index: int) -> torch.Generator:
+        """Seeded the same on every rank, or not where that defect is asked for."""
+        rank = [self.ranks.rank] if self._unsynchronised(index) else []
+        return torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, index, *rank))
+
+    def _schedule(self, config: Config, index: int) -> Schedule:
+        optimizer, data = config.optimizer, config.data
+        images = data.batch_size * optimizer.accumulate * self.ranks.world
+        peak = peak_rate(optimizer.lr, optimizer.blr, images)
+        warmup = optimizer.warmup_epochs * self.updates_per_epoch
+        return Schedule(self.steps[index], warmup, peak, optimizer.min_lr)
+
+    def _teacher(self, index: int, student: VisionTransformer, config: Config) -> FrozenTeacher:
+        settings = config.stages[index].teacher
+        precision = Precision(_DTYPES[config.precision.teacher], _DTYPES[config.precision.residual])
+        generator = self._generator("teacher", index)
+        if settings.source == "random":
+            teacher = from_student(student, init=settings.init, depth=settings.depth, generator=generator)
+            return (
+                FrozenTeacher(teacher.model, precision=precision) if teacher.model.precision != precision else teacher
+            )
+        path = self.export_folder(index - 1) if settings.source == "previous" else Path(str(settings.path))
+        model = load_encoder(path)
+        depth = model.depth if settings.depth is None else settings.depth
+        if depth > model.depth:
+            raise UserError(f"stages.{index}.teacher.depth: expected at most {model.depth}, got {depth}")
+        return FrozenTeacher(model, (depth,), precision=precision)
+
+
+def build_encoder(config: Config) -> VisionTransformer:
+    """The encoder that a configuration describes, freshly drawn from torch's default generator."""
+    model, data = config.model, config.data
+    return build(
+        model.size or "base",
+        image_size=data.image_size,
+        patch=model.patch,
+        channels=data.channels,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        cls_token=model.cls_token,
+        drop_path=model.drop_path,
+        precision=Precision(_DTYPES[config.precision.compute], _DTYPES[config.precision.residual]),
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def _decoder(student: VisionTransformer, out: int | None, config: Config, generator: torch.Generator) -> Decoder:
+    settings = config.decoder
+    drop_path = config.model.drop_path if settings.drop_path is None else settings.drop_path
+    decoder = Decoder.for_encoder(
+        student, out, width=settings.width, depth=settings.depth, heads=settings.heads, drop_path=drop_path
+    )
+    decoder.reset(generator)
+    return decoder
+
+
+def _dbot_options(config: Config) -> DBOTOptions:
+    settings = config.dbot
+    return DBOTOptions(
+        loss=settings.loss,
+        beta=settings.beta,
+        standardise=Standardise() if settings.standardise else None,
+        target_norm=settings.final_norm,
+        cls=settings.cls,
+    )
+
+
+@torch.no_grad()
+def _copy_patch_bias(source: VisionTransformer, student: VisionTransformer) -> None:
+    if source.patch_embed.proj.bias.shape == student.patch_embed.proj.bias.shape:
+        student.patch_embed.proj.bias.copy_(source.patch_embed.proj.bias)
+
+
+@torch.no_grad()
+def _copy_weights(source: VisionTransformer, student: VisionTransformer, key: str) -> None:
+    """All weights of ``source``; the position table stays the student's own, which its grid decides."""
+    found, wanted = source.state_dict(), student.state_dict()
+    for name in (found.keys() | wanted.keys()) - {"pos_embed"}:
+        if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
+            raise UserError(f"{key}: expected weights of this model's shape, got another {name}")
+    for name, tensor in wanted.items():
+        if name != "pos_embed":
+            tensor.copy_(found[name])
+
+
+def _carry_moments(before: Stage, method: DBOT | MAE, updater: Updater) -> None:
+    """Adam's state of the stage before, for every parameter that has the same name and shape."""
+    old = {name: before.updater.optimizer.state.get(p) for name, p in before.method.named_parameters()}
+    for name, parameter in method.named_parameters():
+        state: dict[str, Any] | None = old.get(name)
+        if state and state["exp_avg"].shape == parameter.shape:
+            updater.optimizer.state[parameter] = dict(state)
+
+
+def source_hashes(config: Config) -> dict[str, str]:
+    """Fingerprints of the weight files that the stages read, so that a resumed run notices when one has changed."""
+    hashes = {}
+    for stage in config.stages:
+        for part in (stage.teacher, stage.student):
+            if part.path:
+                folder = find_export(part.path)
+                digest = hashlib.sha256((folder / CONFIG).read_bytes())
+                digest.update((folder / "model.safetensors").read_bytes())
+                hashes[part.path] = digest.hexdigest()[:16]
+    return hashes

@@ -1,0 +1,165 @@
+"""What a stage starts from: students, teachers, and the published code's defects on request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cohobate.config import Config
+from cohobate.errors import UserError
+from cohobate.methods import DBOT
+from cohobate.models import VisionTransformer
+from cohobate.training.distributed import Ranks
+from cohobate.training.exports import load_encoder
+from cohobate.training.stages import Stage, StageManager, stage_steps
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+RANDOM = "{source: random, init: copy}"
+
+
+def manager(config: Config, ranks: Ranks = ALONE) -> StageManager:
+    return StageManager(config, ranks, Path(config.run), updates_per_epoch=4)
+
+
+def two_random(tiny: Any, run: str, *overrides: str) -> Config:
+    """Two dBOT stages, the first with a random teacher."""
+    return tiny.config(run, "stages.0.method=dbot", f"stages.0.teacher={RANDOM}", *overrides)
+
+
+def disturb(stage: Stage) -> None:
+    """Stand in for training: every weight moves, and Adam has something to remember."""
+    for parameter in stage.updater.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    stage.updater.gradient_norm()
+    stage.updater.step(0.1, torch.zeros(()))
+    stage.updater.zero()
+
+
+def same(first: VisionTransformer, second: VisionTransformer) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def teacher_of(stage: Stage) -> VisionTransformer:
+    assert isinstance(stage.method, DBOT)
+    model = stage.method.teacher.model
+    assert isinstance(model, VisionTransformer)
+    return model
+
+
+FP32 = ["precision.teacher=fp32", "precision.compute=fp32"]
+
+
+def test_the_random_teacher_is_a_copy_of_the_students_first_weights(tiny: Any) -> None:
+    stage = manager(two_random(tiny, "a", *FP32)).enter(0)
+    assert same(teacher_of(stage), stage.method.student)
+    disturb(stage)
+    assert not same(teacher_of(stage), stage.method.student)
+
+
+def test_or_drawn_on_its_own_or_without_blocks(tiny: Any) -> None:
+    stage = manager(two_random(tiny, "a", *FP32, "stages.0.teacher.init=independent")).enter(0)
+    teacher, student = teacher_of(stage), stage.method.student
+    assert teacher.depth == student.depth
+    assert not torch.equal(teacher.blocks[0].attn.qkv.weight, student.blocks[0].attn.qkv.weight)
+    stage = manager(two_random(tiny, "b", *FP32, "stages.0.teacher.depth=0")).enter(0)
+    teacher = teacher_of(stage)
+    assert teacher.depth == 0 and len(teacher.blocks) == 0
+    assert torch.equal(teacher.patch_embed.proj.weight, stage.method.student.patch_embed.proj.weight)
+
+
+def test_the_next_teacher_is_the_student_and_the_next_student_is_new(tiny: Any) -> None:
+    stages = manager(two_random(tiny, "a", *FP32))
+    first = stages.enter(0)
+    start = {key: value.clone() for key, value in first.method.student.state_dict().items()}
+    disturb(first)
+    stages.leave(first, 6)
+    second = stages.enter(1, first)
+    assert same(teacher_of(second), first.method.student)
+    for key, value in second.method.student.state_dict().items():
+        fixed = key == "pos_embed" or "norm" in key or ("blocks" in key and key.endswith("bias"))
+        assert fixed or not (
+            torch.equal(value, start[key]) or torch.equal(value, first.method.student.state_dict()[key])
+        ), key
+    assert not second.updater.optimizer.state  # Adam starts anew
+    assert second.schedule.rate(0) == 0.0  # and so does the warm-up
+
+
+def test_students_do_not_depend_on_the_rank_nor_on_what_was_drawn_before(tiny: Any) -> None:
+    config = two_random(tiny, "a")
+    torch.manual_seed(1)
+    first = manager(config).initial_student(0)
+    torch.manual_seed(2)
+    assert same(first, manager(config, Ranks(1, 2, torch.device("cpu"))).initial_student(0))
+    assert not same(first, manager(two_random(tiny, "a", "seed=1")).initial_student(0))
+
+
+def test_published_defects_on_request(tiny: Any) -> None:
+    words = ["compat.keep_optimizer=true", "compat.keep_patch_bias=true"]
+    stages = manager(two_random(tiny, "a", *words))
+    first = stages.enter(0)
+    disturb(first)
+    stages.leave(first, 6)
+    second = stages.enter(1, first)
+    bias = second.method.student.patch_embed.proj.bias
+    assert torch.equal(bias, first.method.student.patch_embed.proj.bias)
+    moments = second.updater.optimizer.state[second.method.student.patch_embed.proj.weight]
+    assert moments["step"] == 1 and moments["exp_avg"].abs().sum() > 0
+    other = manager(two_random(tiny, "b", "compat.unsynchronised_reset=true"), Ranks(1, 2, torch.device("cpu")))
+    synchronised = manager(two_random(tiny, "b"), Ranks(1, 2, torch.device("cpu")))
+    assert same(
+        other.initial_student(0), synchronised.initial_student(0)
+    )  # the first stage is synchronised upstream too
+    assert not same(other.initial_student(1), synchronised.initial_student(1))
+
+
+def test_a_teacher_or_a_student_from_a_file(tiny: Any, tmp_path: Path) -> None:
+    donor = manager(two_random(tiny, "donor", "seed=9"))
+    stage = donor.enter(0)
+    disturb(stage)
+    path = donor.leave(stage, 1)
+    words = [f"stages.0.teacher={{source: file, path: {path}}}", f"stages.0.student={{init: file, path: {path}}}"]
+    loaded = manager(tiny.config("a", "stages.0.method=dbot", *words, *FP32)).enter(0)
+    assert same(teacher_of(loaded), stage.method.student) and same(loaded.method.student, stage.method.student)
+    with pytest.raises(UserError, match=r"stages\.0\.student: expected weights of this model's shape, got another"):
+        manager(tiny.config("b", "stages.0.method=dbot", *words, "model.width=32")).enter(0)
+    with pytest.raises(UserError, match=r"teacher: expected the student's grid"):
+        bigger = tiny.config("c", "stages.0.method=dbot", words[0], "data.image_size=20")
+        manager(bigger).enter(0)
+
+
+def test_a_larger_teacher_teaches_a_smaller_student(tiny: Any) -> None:
+    """The head takes the teacher's width."""
+    words = ["stages.0.set.model.width=48", "stages.0.set.model.depth=3"]
+    stages = manager(two_random(tiny, "a", *words))
+    first = stages.enter(0)
+    stages.leave(first, 6)
+    second = stages.enter(1, first)
+    assert (first.method.student.width, second.method.student.width) == (48, 24)
+    assert second.method.decoder.out == 48
+
+
+def test_a_student_that_goes_on(tiny: Any) -> None:
+    stages = manager(two_random(tiny, "a", *FP32, "stages.1.student.init=previous"))
+    first = stages.enter(0)
+    disturb(first)
+    stages.leave(first, 6)
+    assert same(stages.enter(1, first).method.student, load_encoder(stages.export_folder(0)))
+
+
+def test_steps_come_from_epochs_or_are_given(tiny: Any) -> None:
+    config = tiny.config("a", "stages.0.steps=null", "stages.0.epochs=2.5", "stages.1.steps=7")
+    assert stage_steps(config, 4) == [10, 7]
+    with pytest.raises(UserError, match=r"stages\.0\.epochs: expected at least one update of 4 an epoch, got 0\.1"):
+        stage_steps(tiny.config("a", "stages.0.steps=null", "stages.0.epochs=0.1"), 4)
+
+
+def test_the_rate_follows_batch_accumulation_and_ranks(tiny: Any) -> None:
+    words = ["optimizer.lr=null", "optimizer.blr=1e-3", "optimizer.accumulate=2", "optimizer.warmup_epochs=0"]
+    stage = manager(tiny.config("a", *words), Ranks(0, 1, torch.device("cpu"))).enter(0)
+    assert stage.schedule.peak == pytest.approx(1e-3 * 16 * 2 / 256)
+    four = manager(tiny.config("a", *words), Ranks(0, 4, torch.device("cpu")))
+    assert four._schedule(four.config, 0).peak == pytest.approx(1e-3 * 16 * 2 * 4 / 256)
