@@ -153,7 +153,7 @@ def _assemble_backward_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for start in range(first, min(first + CHUNK, PREFIX + count), BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        wanted = (row < PREFIX + count) & (row < first + CHUNK)
+        wanted = row < PREFIX + count  # BLOCK_R divides CHUNK
         place = row - PREFIX
         if RASTER:
             place = tl.load(rows_ptr + sample * stride_rows_b + place, mask=wanted & (row >= PREFIX), other=0)

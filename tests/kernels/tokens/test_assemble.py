@@ -129,8 +129,9 @@ def test_computes_the_formula(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("layout", ["raster", "visible_first"])
-def test_more_rows_than_one_chunk(backend: str, layout: str) -> None:
-    check(Case(2, 600, 150, 40, 1, layout, 600, True, "packed", False, 3), backend)
+def test_more_rows_and_samples_than_one_block(backend: str, layout: str) -> None:
+    check(Case(1, 300, 75, 40, 1, layout, 300, True, "packed", False, 3), backend)
+    check(Case(70, 4, 2, 3, 1, layout, 4, True, "packed", False, 4), backend)
 
 
 def test_gradcheck() -> None:
