@@ -339,14 +339,22 @@ def _star(x: Array, y: Array) -> Array:
     return 1 + 0.42 * np.cos(5 * angle) - np.hypot(x, y)
 
 
+def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
+    return np.minimum(half_width - np.abs(x), half_height - np.abs(y))
+
+
+def _crescent(x: Array, y: Array) -> Array:
+    return np.minimum(1 - np.hypot(x, y), np.hypot(x - np.float32(0.55), y) - 0.75)
+
+
 # About the distance to the outline, positive inside.
 OUTLINES: dict[str, Callable[[Array, Array], Array]] = {
     "disc": lambda x, y: 1 - np.hypot(x, y),
-    "square": lambda x, y: 1 - np.maximum(abs(x), abs(y)),
-    "triangle": lambda x, y: 0.6 - np.maximum(y, 0.866 * abs(x) - 0.5 * y),
-    "diamond": lambda x, y: 0.7071 * (1 - abs(x) - abs(y)),
-    "plus": lambda x, y: 0.35 - np.minimum(np.maximum(abs(x) - 0.65, abs(y)), np.maximum(abs(y) - 0.65, abs(x))),
-    "ring": lambda x, y: 0.25 - abs(np.hypot(x, y) - 0.75),
+    "square": lambda x, y: _box(x, y, 1, 1),
+    "triangle": lambda x, y: np.float32(0.6) - np.maximum(y, np.float32(0.866) * np.abs(x) - y / 2),
+    "diamond": lambda x, y: np.float32(0.7071) * (1 - np.abs(x) - np.abs(y)),
+    "plus": lambda x, y: np.maximum(_box(x, y, 1, 0.35), _box(x, y, 0.35, 1)),
+    "ring": lambda x, y: np.float32(0.25) - np.abs(np.hypot(x, y) - np.float32(0.75)),
     "star": _star,
-    "crescent": lambda x, y: np.minimum(1 - np.hypot(x, y), np.hypot(x - 0.55, y) - 0.75),
+    "crescent": _crescent,
 }

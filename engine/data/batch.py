@@ -1,0 +1,35 @@
+"""What a loader yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Samples of one rank at one step.
+
+    Attributes:
+        pixels: uint8 [B, T, H, W, C], contiguous; T is 1 for images.
+        sample_ids: int64 [B], places in the manifest.
+        valid: bool [B]; False where the planned image could not be read and another took its place (its pixels, id and
+            label are its own), and where an evaluation's last batch was filled up.
+        labels: int64 [B, K], or None.
+    """
+
+    pixels: Tensor
+    sample_ids: Tensor
+    valid: Tensor
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """This batch on another device."""
+        return Batch(
+            self.pixels.to(device, non_blocking=non_blocking),
+            self.sample_ids.to(device, non_blocking=non_blocking),
+            self.valid.to(device, non_blocking=non_blocking),
+            None if self.labels is None else self.labels.to(device, non_blocking=non_blocking),
+        )
