@@ -6,6 +6,7 @@ Random floats are rounded to bf16 first: every dtype computes on the same number
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,13 @@ from cohobate.benchmarks.harness import Case, Provider
 from cohobate.benchmarks.machine import DTYPES
 from cohobate.errors import UserError
 from cohobate.kernels import Cost, alignment, tokens
+from cohobate.kernels.alignment.align import align_cost
+from cohobate.kernels.alignment.pixel import pixel_loss_cost
+from cohobate.kernels.tokens.assemble import assemble_cost
+from cohobate.kernels.tokens.embed import embed_patches_backward_cost, embed_patches_cost
+from cohobate.kernels.tokens.gather import gather_patches_cost
+from cohobate.kernels.tokens.order import random_order_cost
+from cohobate.kernels.tokens.rows import rows_cost
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXACT = ("mean", "std", "mask")  # arguments that stay fp32 when the data is half precision
@@ -27,7 +35,10 @@ MODES = ("fwd", "fwd+bwd")
 
 @dataclass(frozen=True)
 class Sizes:
-    """A dBOT step: square images, a class token, ``keep`` of the patches visible, the decoder's own width."""
+    """A dBOT step: square images, a class token, ``keep`` of the patches visible, the decoder's own width.
+
+    A clip has ``frames`` above 1 and patches of ``tubelet`` frames.
+    """
 
     batch: int = 8
     width: int = 768
@@ -35,18 +46,41 @@ class Sizes:
     patch: int = 16
     decoder: int = 512
     keep: float = 0.25
+    frames: int = 1
+    tubelet: int = 1
+    channels: int = 3
 
     @property
     def patches(self) -> int:
-        return (self.image // self.patch) ** 2
+        return self.frames // self.tubelet * (self.image // self.patch) ** 2
 
     @property
     def visible(self) -> int:
         return int(self.patches * self.keep)
 
     @property
+    def cube(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of a patch."""
+        return self.tubelet, self.patch, self.patch
+
+    @property
     def row(self) -> int:
-        return 3 * self.patch**2
+        """Values of a patch."""
+        return self.tubelet * self.patch**2 * self.channels
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(itertools.islice(itertools.cycle(MEAN), self.channels))
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return tuple(itertools.islice(itertools.cycle(STD), self.channels))
+
+    @property
+    def pixels(self) -> str:
+        """The inputs in words."""
+        clips = f"{self.batch} images" if self.frames == 1 else f"{self.batch} clips of {self.frames} frames"
+        return f"{clips}, {self.image} px, patches of {self.patch} px"
 
 
 @dataclass(frozen=True)
@@ -191,22 +225,30 @@ def build(name: str, sizes: Sizes, device: str, seed: int) -> KernelCase:
     Raises:
         UserError: no case of that name.
     """
-    if name not in CASES:
-        raise UserError(f"ops: expected some of {', '.join(CASES)}; got {name!r}")
-    generator = torch.Generator().manual_seed(seed)
-    return CASES[name](sizes, device, _Random(sizes, device, generator))
+    builders = {**CASES, **MORE}
+    if name not in builders:
+        raise UserError(f"ops: expected some of {', '.join(builders)}; got {name!r}")
+    return builders[name](sizes, _Random(sizes, device, seed))
 
 
 class _Random:
     """Inputs by one generator: pixels, bf16-representable floats, and an order of the patches with its inverse."""
 
-    def __init__(self, sizes: Sizes, device: str, generator: torch.Generator) -> None:
-        self.sizes, self.device, self.generator = sizes, device, generator
-        shape = (sizes.batch, sizes.patches)
-        order = torch.rand(shape, generator=generator).argsort(dim=1)
+    def __init__(self, sizes: Sizes, device: str, seed: int) -> None:
+        self.sizes, self.device = sizes, device
+        self.generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(sizes.batch, sizes.patches, generator=self.generator).argsort(dim=1)
         cut = sizes.visible
         self.order = torch.cat([order[:, :cut].sort(dim=1).values, order[:, cut:].sort(dim=1).values], dim=1).to(device)
         self.where = self.order.argsort(dim=1)
+
+    def visible(self) -> Tensor:
+        """int64 [B, n] of the kept patches, ascending."""
+        return self.order[:, : self.sizes.visible].contiguous()
+
+    def masked(self) -> Tensor:
+        """int64 [B, N - n] of the others, ascending."""
+        return self.order[:, self.sizes.visible :].contiguous()
 
     def floats(self, *shape: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(shape, generator=self.generator) * scale
@@ -214,56 +256,70 @@ class _Random:
 
     def pixels(self) -> Tensor:
         s = self.sizes
-        shape = (s.batch, 1, s.image, s.image, 3)
+        shape = (s.batch, s.frames, s.image, s.image, s.channels)
         return torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8).to(self.device)
 
     def statistics(self) -> dict[str, Tensor]:
-        return {"mean": torch.tensor(MEAN, device=self.device), "std": torch.tensor(STD, device=self.device)}
+        s = self.sizes
+        return {"mean": torch.tensor(s.mean, device=self.device), "std": torch.tensor(s.std, device=self.device)}
 
 
 def _int32(x: Tensor) -> Tensor:
     return x.to(torch.int32).contiguous()
 
 
-def _gather(s: Sizes, device: str, random: _Random) -> KernelCase:
-    pixels, index = random.pixels(), random.order[:, : s.visible].contiguous()
-    patch = (1, s.patch, s.patch)
+def _gather(s: Sizes, random: _Random) -> KernelCase:
+    pixels, index = random.pixels(), random.visible()
 
     def literal_form(pixels: Tensor, index: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-        return literal.gather_patches(pixels, index, mean, std, patch).to(dtype)
+        return literal.gather_patches(pixels, index, mean, std, s.cube).to(dtype)
 
     def ours(pixels: Tensor, rows: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        return tokens.gather_patches(pixels, rows, patch=patch, mean=MEAN, std=STD, dtype=dtype, backend=backend)
+        return tokens.gather_patches(pixels, rows, patch=s.cube, mean=s.mean, std=s.std, dtype=dtype, backend=backend)
 
     return KernelCase(
         "gather_patches",
-        f"{s.batch} images of {s.image} px, {s.visible} of {s.patches} patches of {s.patch} px",
+        f"{s.pixels}, {s.visible} of {s.patches}",
         Call(literal_form, {"pixels": pixels, "index": index, **random.statistics(), "dtype": torch.float32}),
         Call(ours, {"pixels": pixels, "rows": _int32(index), "dtype": torch.float32}),
-        lambda mode, size: Cost(0, 0),
+        lambda mode, size: gather_patches_cost(s.batch, s.visible, s.row, size),
     )
 
 
-def _embed(s: Sizes, device: str, random: _Random) -> KernelCase:
-    pixels, index = random.pixels(), random.order[:, : s.visible].contiguous()
-    patch = (1, s.patch, s.patch)
-    weight = random.floats(s.width, 3, s.patch, s.patch, scale=s.row**-0.5)
+def _embed(s: Sizes, random: _Random) -> KernelCase:
+    pixels, index = random.pixels(), random.visible()
+    window = (s.patch, s.patch) if s.frames == 1 else s.cube
+    weight = random.floats(s.width, s.channels, *window, scale=s.row**-0.5)
     bias, positions = random.floats(s.width), random.floats(s.patches, s.width)
 
     def to_rows(w: Tensor) -> Tensor:
-        return w.permute(0, 2, 3, 1).reshape(s.width, s.row)
+        """[D, C, ...] -> [D, ... * C]."""
+        return w.movedim(1, -1).reshape(s.width, s.row)
 
     def ours(
         pixels: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, dtype: torch.dtype, backend: str
     ) -> Tensor:
         return tokens.embed_patches(
-            pixels, rows, weight, bias, positions, patch=patch, mean=MEAN, std=STD, dtype=dtype, backend=backend
+            pixels,
+            rows,
+            weight,
+            bias,
+            positions,
+            patch=s.cube,
+            mean=s.mean,
+            std=s.std,
+            dtype=dtype,
+            backend=backend,
         )
+
+    def cost(mode: str, size: int) -> Cost:
+        sizes = (s.batch, s.visible, s.row, s.width, size)
+        return _both(mode, embed_patches_cost(*sizes), embed_patches_backward_cost(*sizes))
 
     shared = {"bias": bias, "positions": positions}
     return KernelCase(
         "embed_patches",
-        f"{s.batch} images of {s.image} px, {s.visible} of {s.patches} patches of {s.patch} px, width {s.width}",
+        f"{s.pixels}, {s.visible} of {s.patches}, width {s.width}",
         Call(
             literal.embed_patches,
             {"pixels": pixels, "index": index, "weight": weight, **shared, **random.statistics()},
@@ -272,14 +328,14 @@ def _embed(s: Sizes, device: str, random: _Random) -> KernelCase:
             ours,
             {"pixels": pixels, "rows": _int32(index), "weight": to_rows(weight), **shared, "dtype": torch.float32},
         ),
-        lambda mode, size: Cost(0, 0),
+        cost,
         leaves=("weight", "bias"),
         to_ours={"weight": to_rows},
         upstream=random.floats(s.batch, s.visible, s.width),
     )
 
 
-def _assemble(s: Sizes, device: str, random: _Random) -> KernelCase:
+def _assemble(s: Sizes, random: _Random) -> KernelCase:
     x, token = random.floats(s.batch, 1 + s.visible, s.decoder), random.floats(s.decoder)
     positions = random.floats(1 + s.patches, s.decoder)
 
@@ -292,67 +348,101 @@ def _assemble(s: Sizes, device: str, random: _Random) -> KernelCase:
         f"{s.batch} x {1 + s.visible} of {1 + s.patches} rows, width {s.decoder}",
         Call(literal.assemble, {**shared, "restore": random.where}),
         Call(ours, {**shared, "rows": _int32(random.where)}),
-        lambda mode, size: Cost(0, 0),
+        _assemble_cost(s, prefix=1),
         leaves=("x", "mask_token"),
         upstream=random.floats(s.batch, 1 + s.patches, s.decoder),
     )
 
 
-def _take(s: Sizes, device: str, random: _Random) -> KernelCase:
-    x, index = random.floats(s.batch, s.patches, s.width), random.order[:, : s.visible].contiguous()
+def _assemble_visible_first(s: Sizes, random: _Random) -> KernelCase:
+    x, token = random.floats(s.batch, s.visible, s.decoder), random.floats(s.decoder)
+    positions = random.floats(s.patches, s.decoder)
+
+    def ours(x: Tensor, mask_token: Tensor, positions: Tensor, rows: Tensor, backend: str) -> Tensor:
+        return tokens.assemble(x, mask_token, positions, rows, layout="visible_first", prefix=0, backend=backend)
+
+    shared = {"x": x, "mask_token": token, "positions": positions}
+    return KernelCase(
+        "assemble_visible_first",
+        f"{s.batch} x {s.visible} of {s.patches} rows, width {s.decoder}",
+        Call(literal.assemble_visible_first, {**shared, "visible": random.visible(), "masked": random.masked()}),
+        Call(ours, {**shared, "rows": _int32(random.order)}),
+        _assemble_cost(s, prefix=0),
+        leaves=("x", "mask_token"),
+        upstream=random.floats(s.batch, s.patches, s.decoder),
+    )
+
+
+def _assemble_cost(s: Sizes, prefix: int) -> Callable[[str, int], Cost]:
+    def cost(mode: str, size: int) -> Cost:
+        sizes = (s.batch, s.visible, s.patches, s.decoder, size)
+        forward = assemble_cost(*sizes, prefix=prefix, positions_itemsize=size)
+        return _both(mode, forward, assemble_cost(*sizes, prefix=prefix))
+
+    return cost
+
+
+def _take(s: Sizes, random: _Random) -> KernelCase:
+    x, index = random.floats(s.batch, s.patches, s.width), random.visible()
     return KernelCase(
         "take",
         f"{s.batch} x {s.visible} of {s.patches} rows, width {s.width}",
         Call(literal.take, {"x": x, "index": index}),
         Call(lambda x, rows, backend: tokens.take(x, rows, backend=backend), {"x": x, "rows": _int32(index)}),
-        lambda mode, size: Cost(0, 0),
+        lambda mode, size: _both(
+            mode,
+            rows_cost(s.batch, s.visible, s.width, size),
+            rows_cost(s.batch, s.visible, s.width, size, length=s.patches),
+        ),
         leaves=("x",),
         upstream=random.floats(s.batch, s.visible, s.width),
     )
 
 
-def _put(s: Sizes, device: str, random: _Random) -> KernelCase:
-    x, index = random.floats(s.batch, s.visible, s.width), random.order[:, : s.visible].contiguous()
-    n = s.patches
+def _put(s: Sizes, random: _Random) -> KernelCase:
+    x, index = random.floats(s.batch, s.visible, s.width), random.visible()
     return KernelCase(
         "put",
-        f"{s.batch} x {s.visible} of {n} rows, width {s.width}",
-        Call(lambda x, index: literal.put(x, index, n), {"x": x, "index": index}),
-        Call(lambda x, rows, backend: tokens.put(x, rows, n, backend=backend), {"x": x, "rows": _int32(index)}),
-        lambda mode, size: Cost(0, 0),
+        f"{s.batch} x {s.visible} of {s.patches} rows, width {s.width}",
+        Call(lambda x, index: literal.put(x, index, s.patches), {"x": x, "index": index}),
+        Call(lambda x, rows, backend: tokens.put(x, rows, s.patches, backend=backend), {"x": x, "rows": _int32(index)}),
+        lambda mode, size: _both(
+            mode,
+            rows_cost(s.batch, s.visible, s.width, size, length=s.patches),
+            rows_cost(s.batch, s.visible, s.width, size),
+        ),
         leaves=("x",),
-        upstream=random.floats(s.batch, n, s.width),
+        upstream=random.floats(s.batch, s.patches, s.width),
     )
 
 
-def _order(s: Sizes, device: str, random: _Random) -> KernelCase:
-    ids = torch.arange(s.batch, device=device) + 1_000_000
-    n = s.patches
+def _order(s: Sizes, random: _Random) -> KernelCase:
+    ids = torch.arange(s.batch, device=random.device) + 1_000_000
 
     def ours(sample_ids: Tensor, backend: str) -> Tensor:
-        return tokens.random_order(sample_ids, n, seed=0, backend=backend)
+        return tokens.random_order(sample_ids, s.patches, seed=0, backend=backend)
 
     def permutation(results: Mapping[str, Tensor]) -> tuple[float, float | None]:
-        right = torch.equal(results["out"].long().sort(dim=1).values.cpu(), torch.arange(n).expand(s.batch, n))
-        return (0.0 if right else float("inf")), None
+        ordered = results["out"].long().sort(dim=1).values.cpu()
+        return (0.0 if torch.equal(ordered, torch.arange(s.patches).expand(s.batch, -1)) else math.inf), None
 
     return KernelCase(
         "random_order",
-        f"{s.batch} permutations of {n}",
-        Call(lambda sample_ids: literal.random_order(sample_ids, n), {"sample_ids": ids}),
+        f"{s.batch} permutations of {s.patches}",
+        Call(lambda sample_ids: literal.random_order(sample_ids, s.patches), {"sample_ids": ids}),
         Call(ours, {"sample_ids": ids}),
-        lambda mode, size: Cost(0, 0),
+        lambda mode, size: random_order_cost(s.batch, s.patches),
         compare=permutation,
     )
 
 
-def _align(s: Sizes, device: str, random: _Random) -> KernelCase:
+def _align(s: Sizes, random: _Random) -> KernelCase:
     shape = (s.batch, 1 + s.patches, s.width)
     prediction, target = random.floats(*shape), random.floats(*shape, scale=3.0)
-    mask = torch.ones(s.batch, 1 + s.patches, device=device)  # dBOT counts the class token as masked
-    mask[:, 1:].scatter_(1, random.order[:, : s.visible], 0.0)
-    masked = random.order[:, s.visible :] + 1
-    rows = _int32(torch.cat([torch.zeros_like(masked[:, :1]), masked], dim=1))
+    mask = torch.ones(s.batch, 1 + s.patches, device=random.device)  # dBOT counts the class token as masked
+    mask[:, 1:].scatter_(1, random.visible(), 0.0)
+    masked = random.masked() + 1
+    rows = _int32(torch.cat([masked.new_zeros(s.batch, 1), masked], dim=1))
 
     def ours(prediction: Tensor, target: Tensor, rows: Tensor, backend: str) -> Tensor:
         return alignment.align_loss(
@@ -370,35 +460,113 @@ def _align(s: Sizes, device: str, random: _Random) -> KernelCase:
         f"{s.batch} x {rows.shape[1]} of {1 + s.patches} rows, width {s.width}, smooth-L1, standardised targets",
         Call(literal.align_loss, {**shared, "mask": mask}),
         Call(ours, {**shared, "rows": rows}),
-        lambda mode, size: Cost(0, 0),
+        lambda mode, size: align_cost(
+            s.batch, rows.shape[1], s.width, size, size, length=1 + s.patches, gradient=mode == "fwd+bwd"
+        ),
         leaves=("prediction",),
     )
 
 
-def _pixel(s: Sizes, device: str, random: _Random) -> KernelCase:
+def _align_layers(kind: str) -> Callable[[Sizes, _Random], KernelCase]:
+    def build_layers(s: Sizes, random: _Random) -> KernelCase:
+        seen = max(s.visible, 1)
+        predictions = {f"prediction_{i}": random.floats(s.batch, seen, s.width) for i in range(2)}
+        targets = {f"target_{i}": random.floats(s.batch, s.patches, s.width) for i in range(2)}
+        rows = torch.arange(seen, dtype=torch.int32, device=random.device).repeat(s.batch, 1)
+
+        def ours(p0: Tensor, p1: Tensor, t0: Tensor, t1: Tensor, rows: Tensor, backend: str) -> Tensor:
+            return alignment.align_loss([p0, p1], [t0, t1], target_rows=rows, loss=kind, backend=backend).total
+
+        def cost(mode: str, size: int) -> Cost:
+            layer = align_cost(
+                s.batch, seen, s.width, size, size, loss=kind, standardise=False, gradient=mode == "fwd+bwd"
+            )
+            return Cost(2 * layer.bytes, 2 * layer.flops)
+
+        return KernelCase(
+            f"align_layers_{kind}",
+            f"2 layers of {s.batch} x {seen} of {s.patches} rows, width {s.width}, {kind}",
+            Call(
+                lambda p0, p1, t0, t1: literal.align_layers(p0, p1, t0, t1, kind),
+                {**predictions, **targets},
+            ),
+            Call(ours, {**predictions, **targets, "rows": rows}),
+            cost,
+            leaves=tuple(predictions),
+        )
+
+    return build_layers
+
+
+def _pixel(s: Sizes, random: _Random) -> KernelCase:
     pixels, prediction = random.pixels(), random.floats(s.batch, s.patches, s.row)
-    patch = (1, s.patch, s.patch)
-    mask = torch.ones(s.batch, s.patches, device=device).scatter_(1, random.order[:, : s.visible], 0.0)
-    index = random.order[:, s.visible :].contiguous()
+    mask = torch.ones(s.batch, s.patches, device=random.device).scatter_(1, random.visible(), 0.0)
+    index = random.masked()
 
     def literal_form(prediction: Tensor, pixels: Tensor, mask: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return literal.pixel_loss(prediction, pixels, mask, mean, std, patch)
+        return literal.pixel_loss(prediction, pixels, mask, mean, std, s.cube)
 
     def ours(prediction: Tensor, pixels: Tensor, rows: Tensor, backend: str) -> Tensor:
-        return alignment.pixel_loss(prediction, pixels, rows, patch=patch, mean=MEAN, std=STD, backend=backend)
+        return alignment.pixel_loss(prediction, pixels, rows, patch=s.cube, mean=s.mean, std=s.std, backend=backend)
 
     return KernelCase(
         "pixel_loss",
-        f"{s.batch} images of {s.image} px, {s.patches - s.visible} of {s.patches} patches of {s.patch} px",
+        f"{s.pixels}, {index.shape[1]} of {s.patches}",
         Call(literal_form, {"prediction": prediction, "pixels": pixels, "mask": mask, **random.statistics()}),
         Call(ours, {"prediction": literal.rows_of(prediction, index), "pixels": pixels, "rows": _int32(index)}),
-        lambda mode, size: Cost(0, 0),
+        _pixel_cost(s, index.shape[1]),
         leaves=("prediction",),
         to_ours={"prediction": lambda gradient: literal.rows_of(gradient, index)},
     )
 
 
-CASES: dict[str, Callable[[Sizes, str, _Random], KernelCase]] = {
+def _pixel_video(s: Sizes, random: _Random) -> KernelCase:
+    pixels, index = random.pixels(), random.masked()
+    prediction = random.floats(s.batch, index.shape[1], s.row)
+
+    def literal_form(prediction: Tensor, pixels: Tensor, index: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return literal.pixel_loss_video(prediction, pixels, index, mean, std, s.cube)
+
+    def ours(prediction: Tensor, pixels: Tensor, rows: Tensor, backend: str) -> Tensor:
+        return alignment.pixel_loss(
+            prediction,
+            pixels,
+            rows,
+            patch=s.cube,
+            mean=s.mean,
+            std=s.std,
+            convention="videomae",
+            backend=backend,
+        )
+
+    shared = {"prediction": prediction, "pixels": pixels}
+    return KernelCase(
+        "pixel_loss_video",
+        f"{s.pixels}, {index.shape[1]} of {s.patches}",
+        Call(literal_form, {**shared, "index": index, **random.statistics()}),
+        Call(ours, {**shared, "rows": _int32(index)}),
+        _pixel_cost(s, index.shape[1]),
+        leaves=("prediction",),
+    )
+
+
+def _pixel_cost(s: Sizes, count: int) -> Callable[[str, int], Cost]:
+    def cost(mode: str, size: int) -> Cost:
+        if mode == "fwd+bwd":
+            return pixel_loss_cost(s.batch, count, s.row, size)
+        values = s.batch * count * s.row  # pixels and the prediction are read, nothing of size is written
+        return Cost(values * (1 + size) + 4 * s.batch * count, 6 * values)
+
+    return cost
+
+
+def _both(mode: str, forward: Cost, backward: Cost) -> Cost:
+    if mode == "fwd":
+        return forward
+    return Cost(forward.bytes + backward.bytes, forward.flops + backward.flops)
+
+
+CASES: dict[str, Callable[[Sizes, _Random], KernelCase]] = {
     "align_loss": _align,
     "pixel_loss": _pixel,
     "gather_patches": _gather,
@@ -408,3 +576,11 @@ CASES: dict[str, Callable[[Sizes, str, _Random], KernelCase]] = {
     "put": _put,
     "random_order": _order,
 }
+"""What ``cohobate bench kernels`` runs by default: every op in the form that dBOT uses."""
+
+MORE: dict[str, Callable[[Sizes, _Random], KernelCase]] = {
+    "assemble_visible_first": _assemble_visible_first,
+    "pixel_loss_video": _pixel_video,
+    **{f"align_layers_{kind}": _align_layers(kind) for kind in ("mse", "l1", "smooth_l1", "cosine")},
+}
+"""The forms that AMD and VideoMAE use; tested like the rest, benchmarked when asked for by name."""

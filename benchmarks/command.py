@@ -87,7 +87,7 @@ def _ceiling_rows(setting: Setting) -> list[dict[str, Any]]:
 
 
 def print_table(rows: Sequence[Row], setting: Setting, console: Console) -> None:
-    """One line a row, grouped by case and mode; ratios that were refused are a dash and a numbered note."""
+    """One line a row, grouped by case and mode. A ratio refused for spread is ``~``; a note says other reasons."""
     env = setting.environment
     commit = f"{env['commit']} + changes" if env["dirty"] else env["commit"]
     console.print(f"{env['kind']}; torch {env['torch']}, commit {commit}, seed {env['seed']}")
@@ -117,9 +117,12 @@ def print_table(rows: Sequence[Row], setting: Setting, console: Console) -> None
                 table.add_section()
             table.add_row(heading, style="bold")
             group = heading
-        note = "" if not row.note else str(notes.setdefault(row.note, len(notes) + 1))
+        text = "; ".join(part for part in row.note.split("; ") if ": spread " not in part)
+        note = str(notes.setdefault(text, len(notes) + 1)) if text else ""
         table.add_row(f"  {row.provider}", *cells(row), note, style="green" if row.role == "ours" else "")
     console.print(table)
+    if any(": spread " in row.note for row in rows):
+        console.print("  ~ no ratio: the spread exceeds the difference", markup=False, highlight=False)
     for text, number in notes.items():
         console.print(f"  {number}. {text}", markup=False, highlight=False)
 
@@ -131,7 +134,7 @@ def cells(row: Row) -> list[str]:
         _figure(row.p50_ms),
         "-" if row.spread is None else f"{row.spread:.0%}",
         "-" if row.pct_of_floor is None else f"{row.pct_of_floor:.0f}",
-        *(_ratio(value) for value in (row.ratio_vs_eager, row.ratio_vs_compile, row.ratio_vs_best_other)),
+        *(ratio_text(row, against) for against in ("eager", "compile", "best other")),
         "-" if worst is None else f"{worst:.0e}",
         "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",
     ]
@@ -141,8 +144,14 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+def ratio_text(row: Row, against: str) -> str:
+    """``6.20x``; ``~`` where the spread forbids a ratio; ``-`` where there is none for another reason."""
+    value = {"eager": row.ratio_vs_eager, "compile": row.ratio_vs_compile, "best other": row.ratio_vs_best_other}[
+        against
+    ]
+    if value is None:
+        return "~" if f"no ratio vs {against}: spread " in row.note else "-"
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
 def _size(size: int) -> str:
@@ -165,7 +174,7 @@ def run(main: Any, argv: Sequence[str] | None) -> int:
         return 2
 
 
-def load_environment(path: Path) -> dict[str, Any]:
-    """The environment object of a results folder."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+def ceiling_rows(path: Path) -> list[dict[str, Any]]:
+    """The ceilings that were written into a results file beside its rows."""
+    values = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [value for value in values if str(value.get("name", "")).startswith("ceiling.")]

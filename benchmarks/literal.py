@@ -11,6 +11,8 @@ Sizes: B samples, N patches (C*pt*ph*pw values each), n kept, D width. ``index``
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,10 +45,13 @@ def gather_patches(pixels: Tensor, index: Tensor, mean: Tensor, std: Tensor, pat
 def embed_patches(
     pixels: Tensor, index: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, mean: Tensor, std: Tensor
 ) -> Tensor:
-    """Convolve every patch of single-frame samples (weight [D, C, ph, pw]), add positions [N, D], keep n of N rows."""
-    image = normalise(pixels, mean, std).squeeze(2).to(weight.dtype)
-    embedded = F.conv2d(image, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
-    return rows_of(embedded + positions, index)
+    """Convolve every patch, add positions [N, D], keep n of N rows. Weight [D, C, ph, pw], or [D, C, pt, ph, pw]."""
+    image = normalise(pixels, mean, std).to(weight.dtype)
+    if weight.dim() == 4:
+        embedded = F.conv2d(image.squeeze(2), weight, bias, stride=weight.shape[2:])
+    else:
+        embedded = F.conv3d(image, weight, bias, stride=weight.shape[2:])
+    return rows_of(embedded.flatten(2).transpose(1, 2) + positions, index)
 
 
 def assemble(x: Tensor, mask_token: Tensor, positions: Tensor, restore: Tensor) -> Tensor:
@@ -55,6 +60,12 @@ def assemble(x: Tensor, mask_token: Tensor, positions: Tensor, restore: Tensor) 
     tokens = torch.cat([x[:, 1:, :], mask_token.repeat(x.shape[0], missing, 1)], dim=1)
     tokens = rows_of(tokens, restore)
     return torch.cat([x[:, :1, :], tokens], dim=1) + positions
+
+
+def assemble_visible_first(x: Tensor, mask_token: Tensor, positions: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+    """Decoder input of VideoMAE and AMD: visible rows [B, n, D] plus their positions, then mask tokens plus theirs."""
+    table = positions.expand(x.shape[0], -1, -1)
+    return torch.cat([x + rows_of(table, visible), mask_token + rows_of(table, masked)], dim=1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -68,18 +79,35 @@ def put(x: Tensor, index: Tensor, length: int) -> Tensor:
     return zeros.scatter(1, index.unsqueeze(-1).repeat(1, 1, x.shape[-1]), x)
 
 
-def align_loss(prediction: Tensor, target: Tensor, mask: Tensor, beta: float = 2.0) -> Tensor:
-    """dBOT's loss: standardise the target's rows, smooth-L1 on all rows [B, 1+N, D], mean over the masked ones.
+def align_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """dBOT's loss on [B, 1+N, D]: standardise the target's rows, smooth-L1 (beta 2), mean over the masked rows.
 
     Half-precision inputs are computed in fp32, as autocast does for losses.
     """
-    if prediction.dtype != torch.float64:
-        prediction, target = prediction.float(), target.float()
+    prediction, target = _single(prediction), _single(target)
     mean = target.mean(dim=-1, keepdim=True)
     variance = target.var(dim=-1, keepdim=True)
     target = (target - mean) / (variance + 1.0e-6) ** 0.5
-    loss = F.smooth_l1_loss(prediction, target, beta=beta, reduction="none").mean(dim=-1)
+    loss = F.smooth_l1_loss(prediction, target, beta=2.0, reduction="none").mean(dim=-1)
     return (loss * mask).sum() / mask.sum()
+
+
+def align_layers(prediction_0: Tensor, prediction_1: Tensor, target_0: Tensor, target_1: Tensor, kind: str) -> Tensor:
+    """AMD's direct alignment of two layers: the teacher's first rows are the student's; plain mean over the layers."""
+    chain = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": partial(F.smooth_l1_loss, beta=2.0), "cosine": _cosine}
+    losses = [
+        chain[kind](_single(prediction), _single(target)[:, : prediction.shape[1]])
+        for prediction, target in ((prediction_0, target_0), (prediction_1, target_1))
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+def _cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+
+
+def _single(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def pixel_loss(
@@ -92,6 +120,18 @@ def pixel_loss(
     target = (target - average) / (variance + 1.0e-6) ** 0.5
     loss = ((prediction.to(target.dtype) - target) ** 2).mean(dim=-1)
     return (loss * mask).sum() / mask.sum()
+
+
+def pixel_loss_video(
+    prediction: Tensor, pixels: Tensor, index: Tensor, mean: Tensor, std: Tensor, patch: tuple[int, int, int]
+) -> Tensor:
+    """VideoMAE's loss: pixels back to [0, 1], each colour of each tubelet standardised, rows of ``index`` kept."""
+    shape = (1, -1, 1, 1, 1)
+    video = normalise(pixels, mean, std) * std.view(shape) + mean.view(shape)
+    cubes = patchify(video, patch).unflatten(-1, (-1, pixels.shape[-1]))
+    cubes = (cubes - cubes.mean(dim=-2, keepdim=True)) / (cubes.var(dim=-2, keepdim=True).sqrt() + 1.0e-6)
+    target = rows_of(cubes.flatten(2), index)
+    return F.mse_loss(prediction.to(target.dtype), target)
 
 
 def random_order(sample_ids: Tensor, length: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cohobate.kernels import Cost, native, triton_support
+from cohobate.kernels import Cost, native
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("kernels", "engine", "benchmarks", "setup.py", "CMakeLists.txt", ":!benchmarks/results")
@@ -42,7 +43,7 @@ def environment(device: str, *, seed: int | None = None) -> dict[str, Any]:
         "native": native.instruction_set(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": getattr(triton_support.triton, "__version__", None),
+        "triton": _version("triton"),
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit,
         "dirty": dirty,
@@ -57,6 +58,13 @@ def machine_kind(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _card() -> dict[str, Any]:
@@ -162,9 +170,9 @@ class Ceilings:
 def measure_ceilings(device: str, *, quick: bool = False, repeats: int = 5) -> Ceilings:
     """Time copies of growing size and one large matrix product a dtype, on random data (zeros run faster)."""
     if device == "cuda":
-        sizes, order, dtypes = [2**26, 2**30], 8192, ("fp32", "bf16", "fp16")
+        sizes, order, dtypes = [2**26, 2**30], 8192, ["fp32", "bf16", "fp16"]
     else:
-        sizes, order, dtypes = [2**20, 2**22, 2**24, 2**26, 2**28], 1024, ("fp32", "bf16")
+        sizes, order, dtypes = [2**20, 2**22, 2**24, 2**26, 2**28], 1024, ["fp32", "bf16"]
     if quick:
         sizes, order = sizes[:3], order // 4
     copies = []

@@ -29,7 +29,9 @@ def compare(rows: Sequence[Row], stored: Sequence[Row], percent: float) -> Verdi
     """
     kinds = {row.env.get("kind") for row in rows}
     before = {key(row): row for row in stored if row.env.get("kind") in kinds and row.p50_ms is not None}
-    slower, noisy, compared = [], [], 0
+    slower: list[str] = []
+    noisy: list[str] = []
+    compared = 0
     for row in rows:
         old = before.get(key(row))
         if row.role != "ours" or row.p50_ms is None or old is None or old.p50_ms is None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 SHORTEST_SAMPLE_MS = 0.5  # a shorter sample is mostly the clock and the interpreter: the call is repeated inside it
 FLUSH_BYTES = 2**28  # written before every sample on CUDA: more than any card's L2, and long enough to hide a launch
+
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Timeable(Protocol):
@@ -142,10 +146,10 @@ def spread(repeats: Sequence[Sequence[float]]) -> float:
 
 
 def peak_memory_mb(provider: Timeable, device: str) -> float | None:
-    """Most tensor memory that one call holds beyond what was there before it, in MB (2**20 bytes).
+    """Most memory that one call holds beyond what was there before it, in MB (2**20 bytes).
 
-    CUDA: the caching allocator's count. CPU: the allocations that torch's profiler records; memory that a library takes
-    by itself is not in it. None where this torch records none.
+    CUDA: the caching allocator's count. CPU: the growth of the process's resident memory, whoever asked for it, after
+    free memory was handed back to the system; None where Linux's /proc or glibc is missing.
     """
     if provider.reset is not None:
         provider.reset()
@@ -157,18 +161,26 @@ def peak_memory_mb(provider: Timeable, device: str) -> float | None:
         torch.cuda.synchronize()
         del kept
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = provider.function()
-    del kept
-    events: list[tuple[int, int]] = []
-    assert profiler.profiler is not None  # it exists once the block has run
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
-    while pending:
-        event = pending.pop()
-        pending.extend(event.children)
-        if event.name == "[memory]":
-            events.append((event.start_time_ns, event.extra_fields.alloc_size))
-    if not events:
+    gc.collect()
+    if not _hand_back_free_memory():
         return None
-    return max(0, max(itertools.accumulate(size for _, size in sorted(events)))) / 2**20
+    resident = _status_mb("VmRSS")
+    CLEAR_REFS.write_text("5")  # the high-water mark starts again from here
+    kept = provider.function()
+    del kept
+    return max(0.0, _status_mb("VmHWM") - resident)
+
+
+def _hand_back_free_memory() -> bool:
+    """glibc keeps freed blocks; what it keeps would hide a later allocation."""
+    if not CLEAR_REFS.exists():
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return trim is not None
+
+
+def _status_mb(field: str) -> float:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,310 @@
+"""From committed JSON lines to tables and figures of the documents: ``python -m cohobate.benchmarks.report [--check]``.
+
+A document holds blocks ``<!-- bench:NAME -->`` ... ``<!-- /bench -->``; what stands between is replaced. NAME is
+
+- ``FILE-DEVICE``, the headline table of ``FILE.jsonl`` for that device (``kernels-cpu``),
+- ``FILE-DEVICE-full``, every row, or
+- ``FILE-DEVICE-machine``, where it was measured.
+
+The newest folder ``benchmarks/results/*-YYYY-MM-DD`` that holds such rows is used; where there is none the block says
+"not measured". Figures go to ``docs/figures/FILE-DEVICE.png`` and carry the digest of their data: a stale one shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cohobate.benchmarks import command
+from cohobate.benchmarks.harness import Row, read_rows
+from cohobate.benchmarks.machine import ROOT
+from cohobate.errors import UserError
+
+BLOCK = re.compile(r"(<!-- bench:([a-z0-9-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+FOLDER = re.compile(r".*-(\d{4}-\d{2}-\d{2})$")
+DEVICES = ("cpu", "cuda")
+BF16 = ("ours in bf16", "vs eager fp32")
+AGAINST = ("vs eager", "vs compile", "vs best other")
+MODES = ("step", "fwd+bwd", "fwd")  # the headline of a case is the first of these that it has
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of one file and device, in their order, and the ceilings measured beside them."""
+
+    path: Path
+    rows: list[Row]
+    ceilings: list[str]
+
+    @property
+    def digest(self) -> str:
+        """Of the file's text: what a figure was drawn from."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+
+def find(root: Path, stem: str, device: str) -> Results | None:
+    """The newest stored rows of ``stem`` on ``device``; None where there are none."""
+    folders = [f for f in (root / "benchmarks" / "results").glob("*") if FOLDER.match(f.name)]
+    for folder in sorted(folders, key=lambda f: (f.name[-10:], f.name), reverse=True):
+        path = folder / f"{stem}.jsonl"
+        if path.is_file():
+            rows = [row for row in read_rows(path) if row.device == device]
+            if rows:
+                return Results(path, rows, _ceilings(path))
+    return None
+
+
+def _ceilings(path: Path) -> list[str]:
+    found = command.ceiling_rows(path)
+    copies = [f"{row['gb_s']:.0f} GB/s at {row['bytes'] / 2**20:.0f} MB" for row in found if "gb_s" in row]
+    products = [f"{row['tflop_s']:.3g} TFLOP/s {row['dtype']}" for row in found if "tflop_s" in row]
+    return [f"copy {', '.join(copies)}"] * bool(copies) + [f"matrix product {', '.join(products)}"] * bool(products)
+
+
+def render(root: Path, name: str) -> str:
+    """Text of one block, ending with a newline.
+
+    Raises:
+        UserError: a name that is not FILE-DEVICE, FILE-DEVICE-full or FILE-DEVICE-machine.
+    """
+    match = re.fullmatch(rf"([a-z0-9_-]+?)-({'|'.join(DEVICES)})(-full|-machine)?", name)
+    if match is None:
+        raise UserError(f"bench block: expected FILE-DEVICE, FILE-DEVICE-full or FILE-DEVICE-machine, got {name!r}")
+    stem, device, part = match.groups()
+    results = find(root, stem, device)
+    if results is None:
+        how = "`make gpu-proof` on a machine with a GPU" if device == "cuda" else f"`cohobate bench {stem}`"
+        return f"not measured ({how} measures it)\n"
+    if part == "-machine":
+        return machine(results, root)
+    return full(results) if part == "-full" else headline(results)
+
+
+def machine(results: Results, root: Path) -> str:
+    """Where, when and with what it was measured."""
+    env = results.rows[0].env
+    clean = "" if not env.get("dirty") else " with uncommitted changes"
+    facts = [
+        f"{env.get('kind')}, {env.get('date')}",
+        f"torch {env.get('torch')}, triton {env.get('triton')}, Python {env.get('python')}, {env.get('system')}",
+        f"driver {env.get('driver')}, {env.get('sm_mhz')} MHz" if env.get("driver") else "",
+        f"native kernels: {env.get('native')}" if env.get("native") and results.rows[0].device == "cpu" else "",
+        f"commit {env.get('commit')}{clean}, seed {env.get('seed')}",
+        *(f"ceiling: {text}" for text in results.ceilings),
+        f"rows: `{results.path.relative_to(root)}`",
+    ]
+    return "".join(f"- {fact}\n" for fact in facts if fact)
+
+
+def headline(results: Results) -> str:
+    """One line a case: both baselines, ours, the ratios, the share of the floor and the largest error."""
+    lines = [
+        _line(
+            "", "literal eager", "torch.compile", "ours", "vs eager", "vs compile", "% of floor", *BF16, "largest error"
+        ),
+        "|---" * 10 + "|",
+    ]
+    for case in cases(results.rows):
+        eager, compiled = _role(case, "eager"), _role(case, "compile")
+        ours = [row for row in case if row.role == "ours"]
+        plain = next((row for row in ours if row.dtype != "bf16"), None)
+        half = next((row for row in ours if row.dtype == "bf16"), None)
+        worst = [max(row.max_rel_err, row.grad_rel_err or 0.0) for row in ours if row.max_rel_err is not None]
+        first = case[0]
+        lines.append(
+            _line(
+                f"{first.name} ({first.mode})",
+                _ms(eager),
+                _ms(compiled),
+                _ms(plain),
+                _bold(ratio(plain, "eager")),
+                ratio(plain, "compile"),
+                _floor(plain),
+                _ms(half),
+                ratio(half, "eager"),
+                " / ".join(f"{error:.0e}" for error in worst) or "-",
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def cases(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by case, each in its most complete mode."""
+    names = dict.fromkeys((row.name, row.shape) for row in rows)
+    found = []
+    for key in names:
+        own = [row for row in rows if (row.name, row.shape) == key]
+        mode = min((row.mode for row in own), key=lambda m: MODES.index(m) if m in MODES else len(MODES))
+        found.append([row for row in own if row.mode == mode])
+    return found
+
+
+def full(results: Results) -> str:
+    """Every row, one table a case and mode."""
+    parts = []
+    for key in dict.fromkeys((row.name, row.shape, row.mode) for row in results.rows):
+        own = [row for row in results.rows if (row.name, row.shape, row.mode) == key]
+        parts += [
+            f"**{key[0]}, {key[2]}**: {key[1]}\n",
+            _line("provider", "p50", "p20 to p80, ms", "% of floor", *AGAINST, "error", "peak MB"),
+            "|---" * 9 + "|",
+        ]
+        for row in own:
+            worst = None if row.max_rel_err is None else max(row.max_rel_err, row.grad_rel_err or 0.0)
+            best = ratio(row, "best other")
+            parts.append(
+                _line(
+                    row.provider,
+                    _ms(row),
+                    "-" if row.p20_ms is None or row.p80_ms is None else f"{row.p20_ms:.3g} to {row.p80_ms:.3g}",
+                    _floor(row),
+                    ratio(row, "eager"),
+                    ratio(row, "compile"),
+                    f"{best} ({row.best_other})" if row.ratio_vs_best_other is not None else best,
+                    "-" if worst is None else f"{worst:.0e}",
+                    "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",
+                )
+            )
+        parts.append("")
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def ratio(row: Row | None, against: str) -> str:
+    """A ratio, or in a few words why there is none."""
+    if row is None:
+        return "-"
+    text = command.ratio_text(row, against)
+    if text == "~":
+        return "within noise"
+    if text != "-":
+        return text
+    for reason in ("numerics", "baseline missing"):
+        if reason in row.note:
+            return reason if reason != "numerics" else "numerics disagree"
+    return "failed" if row.note.startswith("failed") else "-"
+
+
+def _role(rows: Sequence[Row], role: str) -> Row | None:
+    return next((row for row in rows if row.role == role), None)
+
+
+def _ms(row: Row | None) -> str:
+    if row is None or row.p50_ms is None:
+        return "-"
+    return f"{row.p50_ms:.3g} ms" if row.p50_ms < 1000 else f"{row.p50_ms / 1e3:.2f} s"
+
+
+def _floor(row: Row | None) -> str:
+    return "-" if row is None or row.pct_of_floor is None else f"{row.pct_of_floor:.0f}"
+
+
+def _bold(text: str) -> str:
+    return f"**{text}**" if text.endswith("x") else text
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def rewrite(root: Path, text: str) -> str:
+    """A document with every block replaced by what the stored results say now."""
+    return BLOCK.sub(lambda m: m[1] + render(root, m[2]) + m[4], text)
+
+
+def documents(root: Path) -> list[Path]:
+    """The README and every page of the documentation that has a block."""
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    return [page for page in pages if page.is_file() and BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+def draw(results: Results, path: Path) -> None:
+    """Bars of how many times faster than literal eager each provider is; refused ratios have no bar but a word."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = cases(results.rows)
+    wanted = list(dict.fromkeys(r.provider for case in groups for r in case if r.role in ("compile", "ours")))
+    colours = dict(zip(wanted, ("#9aa5b1", "#c2571a", "#e8a87c", "#2f6f8f", "#7fb3c8")))
+    height = 0.8 / max(len(wanted), 1)
+    figure, axes = plt.subplots(figsize=(8, 0.45 + 0.62 * len(groups)), layout="constrained")
+    for index, case in enumerate(groups):
+        for place, provider in enumerate(wanted):
+            row = next((r for r in case if r.provider == provider), None)
+            if row is None:
+                continue
+            y = index + (place - (len(wanted) - 1) / 2) * height
+            value = row.ratio_vs_eager
+            if value is not None:
+                axes.barh(y, value, height * 0.92, color=colours[provider])
+            label = ratio(row, "eager")
+            axes.annotate(label, (value or 0, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(groups)), [f"{case[0].name}\n{case[0].mode}" for case in groups], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("times as fast as the literal eager form in fp32 (dotted: 1)", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[p]) for p in wanted]
+    axes.legend(handles, wanted, fontsize=8, frameon=False, loc="best")
+    env = results.rows[0].env
+    axes.set_title(f"{env.get('kind')}, torch {env.get('torch')}, {env.get('date')}", fontsize=8, loc="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Data": results.digest, "Software": None})
+    plt.close(figure)
+
+
+def figures(root: Path) -> dict[Path, Results]:
+    """Every figure that the documents show and the results it is drawn from."""
+    wanted = {}
+    for page in documents(root):
+        text = page.read_text(encoding="utf-8")
+        for stem, device in re.findall(rf"figures/([a-z0-9_]+)-({'|'.join(DEVICES)})\.png", text):
+            results = find(root, stem, device)
+            if results is not None:
+                wanted[root / "docs" / "figures" / f"{stem}-{device}.png"] = results
+    return wanted
+
+
+def stale(root: Path) -> list[str]:
+    """Documents and figures that do not say what the stored results say."""
+    from PIL import Image
+
+    texts = {page: page.read_text(encoding="utf-8") for page in documents(root)}
+    wrong = [str(page.relative_to(root)) for page, text in texts.items() if rewrite(root, text) != text]
+    for path, results in figures(root).items():
+        if not path.is_file():
+            wrong.append(f"{path.relative_to(root)} (missing)")
+            continue
+        with Image.open(path) as image:
+            if image.info.get("Data") != results.digest:
+                wrong.append(f"{path.relative_to(root)} (drawn from other data)")
+    return wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the documents and figures; with ``--check`` only say which would change (exit code 1 if any)."""
+    parser = argparse.ArgumentParser(prog="python -m cohobate.benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is stale")
+    args = parser.parse_args(argv)
+    if args.check:
+        wrong = stale(ROOT)
+        print("\n".join(f"stale: {name}" for name in wrong) or "documents and figures match the stored results")
+        return 1 if wrong else 0
+    for page in documents(ROOT):
+        page.write_text(rewrite(ROOT, page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}")
+    for path, results in figures(ROOT).items():
+        draw(results, path)
+        print(f"drew {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

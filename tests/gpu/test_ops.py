@@ -1,0 +1,176 @@
+"""Every op against float64 over dtypes, strides and odd shapes: one table, run on the CPU and on CUDA where it is.
+
+Rule (as flash-attention's tests have it): the error of an op in a low precision, against the answer in float64, is at
+most twice that of plain PyTorch in the same precision plus one rounding of the result, and never above a cap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from cohobate.benchmarks import cases
+from cohobate.benchmarks.cases import Call, KernelCase, Sizes
+from cohobate.benchmarks.machine import DTYPES
+from cohobate.kernels import tokens, why_not
+
+FAST = {"cpu": "native", "cuda": "triton"}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The native kernels take fp32 and bf16; the Triton kernels fp16 as well.
+CPU = [("cpu", dtype) for dtype in ("fp32", "bf16")]
+CUDA = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in ("fp32", "bf16", "fp16")]
+OPS = [*cases.CASES, *cases.MORE]
+SIZES = {
+    "even": Sizes(batch=2, width=64, image=32, patch=8, decoder=32),
+    "odd": Sizes(batch=3, width=33, image=35, patch=5, decoder=17, keep=0.3),
+    "one": Sizes(batch=1, width=2, image=4, patch=2, decoder=1, channels=1, keep=0.5),
+    "clip": Sizes(batch=2, width=48, image=16, patch=4, decoder=24, frames=4, tubelet=2),
+    "channels": Sizes(batch=2, width=20, image=12, patch=3, decoder=12, channels=5),
+    "vit-b": Sizes(batch=2),
+}
+# Caps on the relative Frobenius error: a few roundings of the dtype, and for fp32 a few thousand additions.
+CAPS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
+
+
+def fast(call: Call, device: str) -> Call:
+    return Call(lambda *values: call.function(*values, backend=FAST[device]), call.arguments)
+
+
+def reference(call: Call) -> Call:
+    return Call(lambda *values: call.function(*values, backend="reference"), call.arguments)
+
+
+def restride(x: Tensor, kind: str) -> Tensor:
+    """The same values in other memory: rows apart and shifted ("sliced"), or the last dimension not the fastest one."""
+    if kind == "dense" or x.dim() == 0:
+        return x
+    if kind == "sliced":
+        wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 7)
+        view = wide[..., 3 : 3 + x.shape[-1]]
+        return view.copy_(x)
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x
+
+
+def with_strides(kernel: KernelCase, kind: str) -> KernelCase:
+    """Floats, indices and the incoming gradient restrided; pixels are contiguous by contract."""
+    values = {
+        name: restride(value, kind) if isinstance(value, Tensor) and value.dtype is not torch.uint8 else value
+        for name, value in kernel.ours.arguments.items()
+    }
+    upstream = None if kernel.upstream is None else restride(kernel.upstream, kind)
+    return KernelCase(
+        kernel.name, kernel.shape, kernel.literal, Call(kernel.ours.function, values), kernel.cost, kernel.leaves,
+        kernel.to_ours, upstream, kernel.compare,
+    )  # fmt: skip
+
+
+def poison(device: str) -> None:
+    """Leave NaN in the memory that the next allocations get, so that a value nobody wrote shows."""
+    for size in (2**10, 2**14, 2**18, 2**22):
+        torch.full((size,), float("nan"), device=device)
+
+
+def run(kernel: KernelCase, call: Call, dtype: str) -> Mapping[str, Tensor]:
+    """Output and gradients of one call on these very arguments (their strides kept)."""
+    cast = call.cast(DTYPES[dtype])
+    values = {
+        name: value.detach().requires_grad_(True) if name in kernel.leaves else value
+        for name, value in cast.arguments.items()
+    }
+    out = cast.function(*values.values())
+    results = {"out": out.detach()}
+    if kernel.leaves:
+        upstream = None if kernel.upstream is None else kernel.upstream.to(out.dtype)
+        gradients = torch.autograd.grad(out, [values[leaf] for leaf in kernel.leaves], upstream)
+        results.update({f"grad {leaf}": gradient for leaf, gradient in zip(kernel.leaves, gradients)})
+    return results
+
+
+def distance(got: Tensor, answer: Tensor) -> float:
+    assert got.shape == answer.shape
+    assert bool(got.isfinite().all()), "a value that is not a number, or that nobody wrote"
+    return float((got.double() - answer).norm() / answer.norm().clamp_min(1e-300))
+
+
+def check(kernel: KernelCase, device: str, dtype: str) -> None:
+    if kernel.compare is not None:
+        got = run(kernel, fast(kernel.ours, device), dtype)
+        assert kernel.compare(got) == (0.0, None)
+        assert torch.equal(got["out"], run(kernel, reference(kernel.ours), dtype)["out"])
+        return
+    answer = kernel.case(kernel.modes[-1]).expected
+    plain = run(kernel, reference(kernel.ours), dtype)
+    poison(device)
+    got = run(kernel, fast(kernel.ours, device), dtype)
+    assert set(got) == set(answer)
+    for name, right in answer.items():
+        error, eager = distance(got[name], right), distance(plain[name], right)
+        rounding = torch.finfo(DTYPES[dtype]).eps
+        assert error <= 2 * eager + rounding, f"{name}: error {error:.1e}, PyTorch's {eager:.1e}"
+        assert error <= CAPS[dtype], f"{name}: error {error:.1e}"
+
+
+@pytest.fixture(autouse=True)
+def _can_run(request: pytest.FixtureRequest) -> None:
+    device = getattr(request.node, "callspec", None) and request.node.callspec.params.get("device")
+    if device == "cpu" and why_not("take", "native", "cpu"):
+        pytest.skip(why_not("take", "native", "cpu")[0])
+
+
+@pytest.mark.parametrize(("device", "dtype"), [*CPU, *CUDA])
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("size", SIZES)
+def test_against_float64(device: str, name: str, dtype: str, size: str) -> None:
+    check(cases.build(name, SIZES[size], device, seed=1), device, dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [*CPU, *CUDA])
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("kind", ["sliced", "transposed"])
+def test_any_strides(device: str, name: str, dtype: str, kind: str) -> None:
+    check(with_strides(cases.build(name, SIZES["odd"], device, seed=2), kind), device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_nothing_and_everything_visible(device: str, name: str, keep: float) -> None:
+    """Empty index lists are shapes like any other, unless a mean over nothing is asked for."""
+    mean_over_nothing = (keep == 1.0 and name.startswith("pixel_loss")) or (
+        keep == 0.0 and name.startswith("align_layers")
+    )
+    if mean_over_nothing:
+        pytest.skip("the mean over no row is not defined")
+    check(
+        cases.build(name, Sizes(batch=2, width=33, image=20, patch=5, decoder=17, keep=keep), device, seed=3),
+        device,
+        "fp32",
+    )
+
+
+@pytest.mark.parametrize(("device", "dtype"), [*CPU, *CUDA])
+@pytest.mark.parametrize("name", OPS)
+def test_twenty_runs_give_the_same_bits(device: str, name: str, dtype: str) -> None:
+    kernel = cases.build(name, SIZES["odd"], device, seed=4)
+    first = run(kernel, fast(kernel.ours, device), dtype)
+    if device == "cuda":
+        other = torch.cuda.Stream()
+        with torch.cuda.stream(other):  # somebody else keeps the card busy
+            a = torch.randn(2048, 2048, device=device)
+            for _ in range(50):
+                a = a @ a / 64
+    for _ in range(19):
+        again = run(kernel, fast(kernel.ours, device), dtype)
+        assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [1, 3, 196, 1568])
+def test_random_order_has_the_same_bits_everywhere(device: str, length: int) -> None:
+    ids = torch.tensor([0, 1, 2**31, 2**40 + 5, 12345], device=device)
+    got = tokens.random_order(ids, length, seed=2**33 + 7, stream=3, backend=FAST[device])
+    right = tokens.random_order(ids.cpu(), length, seed=2**33 + 7, stream=3, backend="reference")
+    assert torch.equal(got.cpu(), right)
