@@ -26,8 +26,8 @@ QUALITY_NOTE = (
 SAMPLES_NOTE = (
     "Hidden patches are grey. The features of each token are shown as their first three principal components in red, "
     "green and blue: equal colours mean similar features. The target is what the loss asks for (the teacher's "
-    "features, or the pixels where there is no teacher), the prediction what the student makes of the patches that it "
-    "sees."
+    "features, or the pixels where there is no teacher), the prediction what the student makes of it from the patches "
+    "that it sees; these it need not predict, so they are grey there."
 )
 
 
@@ -187,7 +187,7 @@ def _quality_table(evaluations: list[Evaluation]) -> str:
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Nested dictionaries as (dotted name, text) rows; long lists are cut and say how much is left."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list):
@@ -195,6 +195,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         more = [f"and {len(value) - FILES_SHOWN} more"] if len(value) > FILES_SHOWN else []
         short = all(isinstance(item, (str, int, float)) for item in value) and len(" ".join(shown)) < 100
         yield name, (" " if short else "\n").join(shown + more) or "none"
+    elif isinstance(value, dict):
+        yield from [(name, "none")] if name else []
     else:
         yield name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 

@@ -245,27 +245,31 @@ def _mark_stages(ax: Axes, run: Run, named: bool = False) -> None:
 
 @styled
 def time_spent(run: Run) -> Figure | None:
-    """Where the time went: one bar a stage, its parts in the order in which they were written."""
-    if not run.timing:
+    """Where the time went: one bar a stage, its parts in the order in which they were written, small ones together."""
+    timing = {stage: spent for stage, spent in run.timing.items() if sum(spent.values()) > 0}
+    if not timing:
         return None
-    parts = list(dict.fromkeys(part for spent in run.timing.values() for part in spent))
-    made, axes = figure(1.3 + 0.42 * len(run.timing), 1, 1)
+    timing = _small_together(timing)
+    parts = [*dict.fromkeys(part for spent in timing.values() for part in spent if part != "other"), "other"]
+    made, axes = figure(1.3 + 0.42 * len(timing), 1, 1)
     ax = axes[0, 0]
-    colours = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY)
-    position = np.arange(len(run.timing))
-    left = np.zeros(len(run.timing))
-    longest = max(sum(spent.values()) for spent in run.timing.values())
+    colours = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW)
+    position = np.arange(len(timing))
+    left = np.zeros(len(timing))
+    longest = max(sum(spent.values()) for spent in timing.values())
     for index, part in enumerate(parts):
-        seconds = np.array([spent.get(part, 0.0) for spent in run.timing.values()])
+        seconds = np.array([spent.get(part, 0.0) for spent in timing.values()])
+        if not seconds.any():
+            continue
         hatch = "" if index < len(colours) else "///"
-        ax.barh(position, seconds, 0.62, left, color=colours[index % len(colours)], hatch=hatch, label=part,
-                edgecolor="white", linewidth=0.8)  # fmt: skip
+        colour = GREY if part == "other" else colours[index % len(colours)]
+        ax.barh(position, seconds, 0.62, left, color=colour, hatch=hatch, label=part, edgecolor="white", linewidth=0.8)
         for y, (x, width) in enumerate(zip(left, seconds)):
             if width > 0.06 * longest:
                 ax.text(x + width / 2, y, f"{width:.0f} s", ha="center", va="center", fontsize=8.5,
                         color="white" if index in (0, 5) else INK)  # fmt: skip
         left += seconds
-    ax.set_yticks(position, [run.stage_name(int(name)) if name.isdigit() else name for name in run.timing])
+    ax.set_yticks(position, [run.stage_name(int(name)) if name.isdigit() else name for name in timing])
     ax.invert_yaxis()
     ax.grid(False)
     ax.set_xlabel("seconds")
@@ -275,18 +279,34 @@ def time_spent(run: Run) -> Figure | None:
     return made
 
 
+def _small_together(timing: dict[str, dict[str, float]], share: float = 0.015) -> dict[str, dict[str, float]]:
+    """The same seconds with every activity below ``share`` of the whole run counted as "other"."""
+    whole = sum(sum(spent.values()) for spent in timing.values())
+    total: dict[str, float] = {}
+    for spent in timing.values():
+        for part, seconds in spent.items():
+            total[part] = total.get(part, 0.0) + seconds
+    merged: dict[str, dict[str, float]] = {}
+    for stage, spent in timing.items():
+        merged[stage] = {}
+        for part, seconds in spent.items():
+            name = part if total[part] >= share * whole else "other"
+            merged[stage][name] = merged[stage].get(name, 0.0) + seconds
+    return merged
+
+
 @styled
 def samples(found: Samples, most: int = 8) -> Figure:
     """A column an image: the image, what the student saw of it, the target's and the prediction's first components."""
     count = min(most, len(found.images))
     rows: list[tuple[str, NDArray[np.generic]]] = [
         ("image", found.images),
-        ("student sees", _masked(found.images, found.visible)),
+        ("student sees", _kept(found.images, found.visible)),
     ]
     if found.target_pca is not None:
         rows.append(("target\n(PCA)", np.clip(found.target_pca, 0, 1)))
     if found.prediction_pca is not None:
-        rows.append(("prediction\n(PCA)", np.clip(found.prediction_pca, 0, 1)))
+        rows.append(("prediction\n(PCA)", _kept(np.clip(found.prediction_pca, 0, 1), ~found.visible)))
     side = (WIDTH - 1.0) / most
     height = side * found.images.shape[1] / found.images.shape[2]
     made, axes = figure(height * len(rows) + 0.1, len(rows), most)
@@ -299,10 +319,10 @@ def samples(found: Samples, most: int = 8) -> Figure:
     return made
 
 
-def _masked(images: NDArray[np.uint8], visible: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The images with the hidden patches in light grey; ``visible`` [n,h,w] is spread over the pixels."""
-    height, width = images.shape[1:3]
-    rows = np.arange(height) * visible.shape[1] // height
-    columns = np.arange(width) * visible.shape[2] // width
-    shown = visible[:, rows[:, None], columns[None, :], None]
-    return np.where(shown, images, np.uint8(225)).astype(np.uint8)
+def _kept(pictures: NDArray[Any], kept: NDArray[np.bool_]) -> NDArray[Any]:
+    """The pictures [n,H,W,3], light grey outside the patches to keep; ``kept`` [n,h,w] is spread over the pixels."""
+    height, width = pictures.shape[1:3]
+    rows = np.arange(height) * kept.shape[1] // height
+    columns = np.arange(width) * kept.shape[2] // width
+    grey = 225 if pictures.dtype == np.uint8 else 225 / 255
+    return np.where(kept[:, rows[:, None], columns[None, :], None], pictures, np.asarray(grey, pictures.dtype))

@@ -177,10 +177,15 @@ def test_smoothing_leaves_out_what_is_not_finite() -> None:
     np.testing.assert_array_equal(plots.smoothed(values, 3), [1, math.nan, 4, 4, math.nan])
 
 
-def test_hidden_patches_are_grey_and_visible_ones_untouched() -> None:
+def test_small_activities_are_counted_together() -> None:
+    timing = {"1": {"step": 98.0, "log": 0.5, "save": 0.5}, "2": {"step": 99.0, "log": 0.5}}
+    assert plots._small_together(timing) == {"1": {"step": 98.0, "other": 1.0}, "2": {"step": 99.0, "other": 0.5}}
+
+
+def test_patches_that_are_not_kept_are_grey_and_the_others_untouched() -> None:
     images = np.arange(2 * 4 * 8 * 3, dtype=np.uint8).reshape(2, 4, 8, 3)
     visible = np.array([[[True, False]], [[False, True]]])  # a grid of 1 x 2 patches of 4 x 4 pixels
-    shown = plots._masked(images, visible)
+    shown = plots._kept(images, visible)
     np.testing.assert_array_equal(shown[0, :, :4], images[0, :, :4])
     np.testing.assert_array_equal(shown[1, :, 4:], images[1, :, 4:])
     assert (shown[0, :, 4:] == 225).all() and (shown[1, :, :4] == 225).all()
