@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.masking import MaskPlan
-from cohobate.models.layers import Block, DropPath, Linear, Norm, Precision, draw, draw_normal, run_blocks
+from cohobate.models.layers import Block, DropPath, Linear, Norm, Precision, blocks_flops, draw, draw_normal, run_blocks
 from cohobate.models.positions import position_table
-from cohobate.models.vit import VisionTransformer, block_flops
+from cohobate.models.vit import VisionTransformer
 from cohobate.tokens import TokenGrid
 
 
@@ -135,6 +135,4 @@ class Decoder(nn.Module):
         n = self.grid.size + self.prefix
         embed = 2 * (visible + self.prefix) * self.embed.in_features * self.width
         head = 2 * queries * self.width * self.out
-        if self.depth == 0:
-            return embed + head
-        return embed + head + block_flops(self.width, n, n) * (self.depth - 1) + block_flops(self.width, n, queries)
+        return embed + head + blocks_flops(self.blocks, n, queries)

@@ -172,6 +172,16 @@ def run_blocks(
     return tokens.take(x, queries) if queries is not None and last < 0 else x
 
 
+def blocks_flops(blocks: nn.ModuleList, tokens: int, queries: int) -> int:
+    """Multiply-adds x 2 of one sample through the blocks, the last one for ``queries`` rows but all keys and values."""
+    total = 0
+    for i, block in enumerate(blocks):
+        rows = queries if i == len(blocks) - 1 else tokens
+        width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+        total += 4 * width**2 * (tokens + rows) + 4 * rows * tokens * width + 4 * rows * width * hidden
+    return total
+
+
 @torch.no_grad()
 def draw(module: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw every Linear (Xavier uniform, bias 0) and reset every Norm (1, 0) of ``module``, in order of their names.

@@ -15,6 +15,7 @@ from cohobate.models.layers import (
     DropPath,
     Norm,
     Precision,
+    blocks_flops,
     draw,
     draw_normal,
     draw_uniform,
@@ -238,14 +239,6 @@ class VisionTransformer(nn.Module):
     def flops(self, visible: int | None = None, queries: int | None = None) -> int:
         """Multiply-adds x 2 of one sample's forward over ``visible`` patches, the last block for ``queries`` rows."""
         patches = self.grid.size if visible is None else visible
-        n, width = patches + self.prefix, self.width
-        embed = 2 * patches * self.grid.row_length * width
-        full = block_flops(width, n, n)
-        if self.depth == 0:
-            return embed
-        return embed + full * (self.depth - 1) + block_flops(width, n, n if queries is None else queries)
-
-
-def block_flops(width: int, tokens: int, queries: int) -> int:
-    """Of one block with MLP ratio 4: keys and values of all tokens, the rest of the ``queries`` only."""
-    return 4 * width**2 * tokens + 20 * width**2 * queries + 4 * queries * tokens * width
+        n = patches + self.prefix
+        embed = 2 * patches * self.grid.row_length * self.width
+        return embed + blocks_flops(self.blocks, n, n if queries is None else queries)
