@@ -86,6 +86,14 @@ def test_seed_stage_and_epoch_change_the_mask(change: dict[str, int]) -> None:
     assert not torch.equal(plan_of(**change).order, plan_of().order)
 
 
+def test_no_two_epochs_of_any_stage_share_masks() -> None:
+    ids = torch.arange(1)
+    orders = {
+        plan_of(ids, stage=stage, epoch=epoch).order.numpy().tobytes() for stage in range(4) for epoch in range(16)
+    }
+    assert len(orders) == 64
+
+
 def test_masks_are_uniform() -> None:
     """Every token is visible equally often: 4096 samples, 6 standard deviations of a binomial share."""
     plan = plan_of(torch.arange(4096))
