@@ -18,10 +18,11 @@ Every op file with Triton kernels has a function ``aot_cases(architecture: str) 
             for dtype, width, config in shipped("take", architecture, dtypes=FLOAT_DTYPES, widths=(768,))
         ]
 
-``signature`` names the parameters that are not constants, in any order, with Triton's type names. Pointers are taken as
-16-byte aligned, as torch allocates them; an integer that is known to be a multiple of 16 is written ``"i32:16"``. An
-integer that equals 1 at the call belongs in ``constexprs``: the launcher turns it into a constant too. ``config`` is
-passed as the launcher passes it: names of kernel parameters become constants, the rest (num_warps, ...) options.
+``signature`` names the parameters that are not constants, in any order, with Triton's type names; a tuple of them types a
+parameter that is a tuple. Pointers are taken as 16-byte aligned, as torch allocates them; an integer that is known to be a multiple of 16 is written ``"i32:16"``; a
+parameter that takes a tuple of pointers or numbers has a tuple of type names. An integer that equals 1 at the call
+belongs in ``constexprs``: the launcher turns it into a constant too. ``config`` is passed as the launcher passes it:
+names of kernel parameters become constants, the rest (num_warps, ...) options.
 
 ``expects`` holds words of :data:`EXPECTATIONS`. That a kernel neither spills nor asks for more shared memory than the
 card has is expected of all of them. Op files are found by their place, one folder below this one.
@@ -66,7 +67,7 @@ class AotCase:
     """One kernel as a launcher would call it; see the module's docstring."""
 
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, Any]
     config: dict[str, int]
     expects: frozenset[str]
@@ -157,10 +158,17 @@ def compile_case(case: AotCase, arch: int) -> Report:
     constants = case.constexprs | {name: value for name, value in case.config.items() if name in names}
     if missing := [name for name in names if name not in constants and name not in case.signature]:
         raise ValueError(f"signature: {case.name} leaves out {', '.join(missing)}")
-    signature = {name: "constexpr" if name in constants else case.signature[name].removesuffix(":16") for name in names}
-    typed = [(i, case.signature[name]) for i, name in enumerate(names) if name not in constants]
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in typed if kind.startswith("*") or kind.endswith(":16")}
-    source = ASTSource(case.kernel, signature, constants, aligned)
+    signature: dict[str, str | tuple[str, ...]] = {}
+    aligned: list[tuple[int, ...]] = []
+    for i, name in enumerate(names):
+        kind = "constexpr" if name in constants else case.signature[name]
+        if isinstance(kind, str):
+            aligned += [(i,)] if _is_aligned(kind) else []
+            signature[name] = kind.removesuffix(":16")
+        else:
+            aligned += [(i, j) for j, member in enumerate(kind) if _is_aligned(member)]
+            signature[name] = tuple(member.removesuffix(":16") for member in kind)
+    source = ASTSource(case.kernel, signature, constants, {path: [["tt.divisibility", 16]] for path in aligned})
     options = {name: value for name, value in case.config.items() if name not in names}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -180,6 +188,10 @@ def compile_case(case: AotCase, arch: int) -> Report:
         if code is None
         else frozenset(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ +)?([A-Z][^\s;]*)", code, re.MULTILINE)),
     )
+
+
+def _is_aligned(kind: str) -> bool:
+    return kind.startswith("*") or kind.endswith(":16")
 
 
 def _cuobjdump(*arguments: str) -> str:
