@@ -35,7 +35,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from cohobate.kernels import tuning
 from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
@@ -533,15 +532,22 @@ _backward_op = define(
 )
 
 
-@register_flop_formula(torch.ops.cohobate.embed_patches)
 def _forward_flops(pixels: Any, rows: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return 2 * math.prod(out_shape) * int(weight[1])
 
 
-@register_flop_formula(torch.ops.cohobate.embed_patches_backward)
 def _backward_flops(grad: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     weight = out_shape[0]
     return 2 * math.prod(grad[:2]) * math.prod(weight) if len(weight) == 2 else 0
+
+
+try:
+    from torch.utils.flop_counter import register_flop_formula
+except (AttributeError, OSError, RuntimeError):  # it imports Triton; a broken one raises any of these
+    pass
+else:
+    register_flop_formula(torch.ops.cohobate.embed_patches)(_forward_flops)
+    register_flop_formula(torch.ops.cohobate.embed_patches_backward)(_backward_flops)
 
 
 class _Embed(torch.autograd.Function):
