@@ -34,7 +34,7 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +67,7 @@ class AotCase:
     """One kernel as a launcher would call it; see the module's docstring."""
 
     kernel: Any
-    signature: dict[str, str | tuple[str, ...]]
+    signature: Mapping[str, str | tuple[str, ...]]
     constexprs: dict[str, Any]
     config: dict[str, int]
     expects: frozenset[str]
