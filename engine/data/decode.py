@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cohobate.data.headers import MAX_PIXELS, BadImage, NeedMore, read_header, sniff
+from cohobate.data.headers import BadImage, sniff
 
 try:
     import simplejpeg
@@ -113,25 +113,6 @@ def upright(image: Pixels, orientation: int) -> Pixels:
     if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
     return image
-
-
-def check_complete(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int, bool]:
-    """(height, width, plain JPEG) of a file that is about to be handed to a decoder that must not fail.
-
-    Raises:
-        BadImage: what its header or its end tells.
-    """
-    try:
-        header = read_header(data, data[-64:], len(data))
-    except NeedMore:
-        raise BadImage("truncated") from None
-    if header.height * header.width > max_pixels:
-        raise BadImage("too_large")
-    if header.complete is False:
-        raise BadImage("truncated")
-    if header.complete is None:
-        decode(data)
-    return *header.upright, header.plain_jpeg
 
 
 def render(
