@@ -11,6 +11,7 @@ Sizes: B samples, N patches (C*pt*ph*pw values each), n kept, D width. ``index``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -94,7 +95,12 @@ def align_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 def align_layers(prediction_0: Tensor, prediction_1: Tensor, target_0: Tensor, target_1: Tensor, kind: str) -> Tensor:
     """AMD's direct alignment of two layers: the teacher's first rows are the student's; plain mean over the layers."""
-    chain = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": partial(F.smooth_l1_loss, beta=2.0), "cosine": _cosine}
+    chain: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "mse": F.mse_loss,
+        "l1": F.l1_loss,
+        "smooth_l1": partial(F.smooth_l1_loss, beta=2.0),
+        "cosine": _cosine,
+    }
     losses = [
         chain[kind](_single(prediction), _single(target)[:, : prediction.shape[1]])
         for prediction, target in ((prediction_0, target_0), (prediction_1, target_1))

@@ -1,0 +1,112 @@
+"""Documents and figures say what the stored results say."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cohobate.benchmarks import report
+from cohobate.benchmarks.harness import Row, write_rows
+from cohobate.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {"kind": "A card", "date": "2026-01-31", "torch": "2.13.0", "commit": "abc", "dirty": False, "seed": 0}
+BASE = Row("op", "literal", "eager", "fwd+bwd", "cpu", "fp32", "8 rows", p20_ms=11, p50_ms=12, p80_ms=13, env=ENV)
+ROWS = [
+    dataclasses.replace(BASE, mode="fwd", p50_ms=99.0),
+    BASE,
+    dataclasses.replace(BASE, provider="compile", role="compile", p50_ms=6.0, ratio_vs_eager=2.0),
+    dataclasses.replace(
+        BASE, provider="native", role="ours", p50_ms=1.5, ratio_vs_eager=8.0, ratio_vs_compile=4.0,
+        ratio_vs_best_other=4.0, best_other="compile", pct_of_floor=62.5, max_rel_err=2e-7, grad_rel_err=3e-6,
+    ),
+    dataclasses.replace(
+        BASE, provider="native bf16", role="ours", dtype="bf16", p50_ms=1.0, max_rel_err=2e-3,
+        note="no ratio vs eager: spread 40% exceeds the difference 20%",
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(
+        "a\n<!-- bench:kernels-cpu -->\nold\n<!-- /bench -->\nb\n<!-- bench:kernels-cuda -->\n<!-- /bench -->\n"
+    )
+    (tmp_path / "docs" / "page.md").write_text(
+        "<!-- bench:kernels-cpu-full -->\n<!-- /bench -->\n![](figures/kernels-cpu.png)"
+    )
+    (tmp_path / "docs" / "plain.md").write_text("no block")
+    write_rows(
+        tmp_path / "benchmarks/results/here-2026-01-31/kernels.jsonl",
+        [{"name": "ceiling.copy", "bytes": 2**20, "gb_s": 40.0}, *ROWS],
+    )
+    return tmp_path
+
+
+def test_the_committed_documents_match_the_committed_results() -> None:
+    assert report.stale(ROOT) == [], "run `python -m cohobate.benchmarks.report`"
+
+
+def test_the_headline_has_one_line_a_case_with_both_ratios(root: Path) -> None:
+    text = report.render(root, "kernels-cpu")
+    line = "| op (fwd+bwd) | 12 ms | 6 ms | 1.5 ms | **8.00x** | 4.00x | 62 | 1 ms | within noise | 3e-06 / 2e-03 |"
+    assert text.splitlines()[2:] == [line]
+
+
+def test_a_refused_ratio_is_said_in_words() -> None:
+    row = dataclasses.replace(BASE, role="ours")
+    assert (
+        report.ratio(dataclasses.replace(row, note="no ratio: numerics disagree (...)"), "eager") == "numerics disagree"
+    )
+    assert (
+        report.ratio(dataclasses.replace(row, note="no ratio: baseline missing (compile)"), "eager")
+        == "baseline missing"
+    )
+    assert report.ratio(dataclasses.replace(row, note="failed: RuntimeError: x"), "eager") == "failed"
+    assert report.ratio(None, "eager") == "-"
+
+
+def test_every_row_and_the_machine(root: Path) -> None:
+    full = report.render(root, "kernels-cpu-full")
+    assert full.count("**op, ") == 2 and "| native | 1.5 ms |" in full and "4.00x (compile)" in full
+    machine = report.render(root, "kernels-cpu-machine")
+    assert (
+        "A card, 2026-01-31" in machine
+        and "copy 40 GB/s at 1 MB" in machine
+        and "here-2026-01-31/kernels.jsonl" in machine
+    )
+
+
+def test_what_is_not_measured_says_so(root: Path) -> None:
+    assert report.render(root, "kernels-cuda").startswith("not measured (`make gpu-proof`")
+    assert report.render(root, "step-cpu") == "not measured (`cohobate bench step` measures it)\n"
+    with pytest.raises(UserError, match="expected FILE-DEVICE"):
+        report.render(root, "kernels")
+
+
+def test_the_newest_folder_counts(root: Path) -> None:
+    newer = [dataclasses.replace(row, p50_ms=77.0) for row in ROWS]
+    write_rows(root / "benchmarks/results/a-2026-02-01/kernels.jsonl", newer)
+    write_rows(root / "benchmarks/results/z-2025-12-31/kernels.jsonl", ROWS)
+    assert "77 ms" in report.render(root, "kernels-cpu")
+
+
+def test_rewriting_changes_only_blocks_and_settles(root: Path) -> None:
+    old = (root / "README.md").read_text()
+    new = report.rewrite(root, old)
+    assert new.startswith("a\n<!-- bench:kernels-cpu -->\n|  | literal") and "<!-- /bench -->\nb\n" in new and "\nold\n" not in new
+    assert report.rewrite(root, new) == new
+    assert [page.name for page in report.documents(root)] == ["README.md", "page.md"]
+
+
+def test_stale_text_and_stale_figures_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report.stale(root) == ["README.md", "docs/page.md", "docs/figures/kernels-cpu.png (missing)"]
+    monkeypatch.setattr(report, "ROOT", root)
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+    path = root / "benchmarks/results/here-2026-01-31/kernels.jsonl"
+    path.write_text(path.read_text().replace('"p50_ms": 1.5', '"p50_ms": 1.6'))
+    assert report.stale(root) == ["README.md", "docs/page.md", "docs/figures/kernels-cpu.png (drawn from other data)"]
