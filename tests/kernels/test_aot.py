@@ -35,6 +35,23 @@ def test_compiles_and_meets_expectations(arch: int, case: aot.AotCase) -> None:
     assert _reports[key].faults(expects) == []
 
 
+FIRST = {case.kernel.__name__: case for arch, case in reversed(CASES) if arch == 90}
+
+
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)
+def test_compiles_where_a_size_is_one(case: aot.AotCase) -> None:
+    """A launcher turns an integer that equals 1 into a constant, which the code around it must accept."""
+    fixed = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
+    for one in case.kernel.arg_names:
+        kind = case.signature.get(one)
+        if isinstance(kind, str) and kind.startswith("i") and one not in fixed and one not in case.constexprs:
+            signature = {name: kind for name, kind in case.signature.items() if name != one}
+            constexprs = {**case.constexprs, one: 1}
+            aot.compile_case(
+                dataclasses.replace(case, signature=signature, constexprs=constexprs, expects=frozenset()), 90
+            )
+
+
 def test_every_kernel_has_a_case_on_every_architecture() -> None:
     kernels = {
         f"{module.__name__}.{name}"
