@@ -25,7 +25,7 @@ PIP     := $(BIN)/python -m pip install -qq --disable-pip-version-check --progre
 SECONDS = $$(( $$(date +%s) - start ))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint native bench gpu-proof clean distclean
+.PHONY: help demo test lint native bench gpu-proof figures clean distclean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -66,8 +66,10 @@ bench: $(STAMP) native ## time the kernels on this CPU
 	@$(BIN)/cohobate bench kernels --device cpu --json build/bench-kernels.jsonl
 
 gpu-proof: $(STAMP) native ## on a machine with a GPU: GPU tests and timings, as JSON lines
-	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python -m cohobate.benchmarks.gpu_proof
+
+figures: $(STAMP) ## tables and figures of the documents, from the stored results
+	@$(BIN)/python -m cohobate.benchmarks.report
 
 clean:           ## remove what was built; keeps .venv, runs/ and the image cache
 	@rm -rf build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -212,7 +212,7 @@ def _line(*cells: str) -> str:
 
 def rewrite(root: Path, text: str) -> str:
     """A document with every block replaced by what the stored results say now."""
-    return BLOCK.sub(lambda m: m[1] + render(root, m[2]) + m[4], text)
+    return BLOCK.sub(lambda m: f"{m[1]}\n{render(root, m[2])}\n{m[4]}", text)  # Markdown wants the empty lines
 
 
 def documents(root: Path) -> list[Path]:

@@ -97,7 +97,8 @@ def test_the_newest_folder_counts(root: Path) -> None:
 def test_rewriting_changes_only_blocks_and_settles(root: Path) -> None:
     old = (root / "README.md").read_text()
     new = report.rewrite(root, old)
-    assert new.startswith("a\n<!-- bench:kernels-cpu -->\n|  | literal") and "<!-- /bench -->\nb\n" in new and "\nold\n" not in new
+    assert new.startswith("a\n<!-- bench:kernels-cpu -->\n\n|  | literal") and "<!-- /bench -->\nb\n" in new
+    assert "\nold\n" not in new
     assert report.rewrite(root, new) == new
     assert [page.name for page in report.documents(root)] == ["README.md", "page.md"]
 
