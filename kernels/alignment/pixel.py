@@ -25,7 +25,7 @@ stored. Floor: :func:`pixel_loss_cost`.
 Flat patches. A patch without contrast has v = 0 and the formula divides rounding errors by eps: with "videomae" and
 eps = 1e-6 the fp32 formula gives targets of up to 0.4 where the exact answer is 0. ``native`` and ``triton`` subtract
 the channel's mean in units of bytes, an exact integer sum divided by its count, so a flat channel gives exactly 0. With
-"mae" sqrt(eps) = 1e-3 bounds the amplification, and ``native`` is exact there too.
+"mae" sqrt(eps) = 1e-3 bounds the amplification; both are exact there too where the channels' levels agree exactly.
 
 Determinism: bitwise from run to run. ``native`` sums 16 rows at a time by position inside a row of pixels and adds
 those sums in order, whatever the thread count; ``triton`` sums 8 rows a program, then the programs in one fixed tree.
@@ -154,20 +154,29 @@ def _pixel_loss_kernel(  # type: ignore[no-untyped-def]
         patch = chosen_patch(rows_ptr, sample, j, stride_rows_b)
         start = patch_offset(patch, sample, stride_b, stride_t, stride_h, grid_h, grid_w, PT, PH, PW, C)
         u = tl.load(pixels_ptr + start + byte, mask=mask, other=0).to(tl.float32)
-        if TARGET == 2:
-            target = tl.zeros((BLOCK_K,), dtype=tl.float32)
+        target = u * scale + offset
+        if TARGET > 0:
+            # A channel's mean is an exact sum over its count, so what is left of a flat channel is exactly zero.
+            centre = tl.zeros((BLOCK_K,), dtype=tl.float32)
+            level = tl.zeros((BLOCK_K,), dtype=tl.float32)
+            levels = 0.0
             for c in tl.static_range(C):
-                mine = inside & (channel == c)
-                centre = tl.div_rn(tl.sum(tl.where(mine, u, 0.0)), 1.0 * (K // C))  # exact sum: a flat channel gives 0
-                deviation = tl.where(mine, u - centre, 0.0)
-                spread = tl.sqrt_rn(tl.div_rn(tl.sum(deviation * deviation), 1.0 * (K // C - 1)))
-                target += tl.div_rn(deviation, (spread + 255.0 * eps) + tl.zeros((BLOCK_K,), dtype=tl.float32))
-        else:
-            target = u * scale + offset
+                mine = channel == c
+                mean = tl.div_rn(tl.sum(tl.where(mine, u, 0.0)), 1.0 * (K // C))
+                centre = tl.where(mine, mean, centre)
+                mean = mean * tl.load(affine_ptr + c) + tl.load(affine_ptr + C + c)
+                level = tl.where(mine, mean, level)
+                levels += mean
+            deviation = tl.where(inside, u - centre, 0.0)
             if TARGET == 1:
-                deviation = tl.where(inside, target - tl.sum(tl.where(inside, target, 0.0)) / K, 0.0)
+                deviation = tl.where(inside, deviation * scale + (level - levels / C), 0.0)
                 variance = tl.div_rn(tl.sum(deviation * deviation), 1.0 * (K - 1))
                 target = deviation * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+            else:
+                for c in tl.static_range(C):
+                    mine = channel == c
+                    variance = tl.div_rn(tl.sum(tl.where(mine, deviation * deviation, 0.0)), 1.0 * (K // C - 1))
+                    target = tl.where(mine, deviation * tl.div_rn(1.0, tl.sqrt_rn(variance) + 255.0 * eps), target)
         at = sample * stride_prediction_b + j * stride_prediction_n
         prediction = tl.load(prediction_ptr + at + k, mask=mask, other=0.0).to(tl.float32)
         error = tl.where(mask, prediction - target, 0.0)
