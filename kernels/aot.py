@@ -18,9 +18,9 @@ Every op file with Triton kernels has a function ``aot_cases(architecture: str) 
             for dtype, width, config in shipped("take", architecture, dtypes=FLOAT_DTYPES, widths=(768,))
         ]
 
-``signature`` names the parameters that are not constants, in any order, with Triton's type names; a tuple of them types a
-parameter that is a tuple. Pointers are taken as 16-byte aligned, as torch allocates them; an integer that is known to be a multiple of 16 is written ``"i32:16"``; a
-parameter that takes a tuple of pointers or numbers has a tuple of type names. An integer that equals 1 at the call
+``signature`` names the parameters that are not constants, in any order, with Triton's type names; a parameter that
+takes a tuple of pointers or numbers has a tuple of them. Pointers are taken as 16-byte aligned, as torch allocates
+them; an integer that is known to be a multiple of 16 is written ``"i32:16"``. An integer that equals 1 at the call
 belongs in ``constexprs``: the launcher turns it into a constant too. ``config`` is passed as the launcher passes it:
 names of kernel parameters become constants, the rest (num_warps, ...) options.
 

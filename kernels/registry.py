@@ -125,9 +125,7 @@ def choose(name: str, tensor: torch.Tensor, backend: str | None = None, **facts:
         ValueError: ``backend`` is not a known name, or the one asked for by name cannot run (every reason is listed).
     """
     override = _overrides[-1] if _overrides else None
-    return _resolve(
-        name, tensor.device.type, backend if backend is not None else override, tuple(sorted(facts.items()))
-    )
+    return _resolve(name, tensor.device.type, backend if backend is not None else override, tuple(facts.items()))
 
 
 def _resolve(name: str, device: str, backend: str | None, facts: tuple[tuple[str, Any], ...]) -> str:

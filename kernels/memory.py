@@ -1,0 +1,50 @@
+"""recycled: uninitialised CPU tensors whose memory is kept for the next one of the same size.
+
+malloc hands blocks above 32 MiB back to the system at once, so the next one costs a page fault every 4 KiB: for the
+gradient of a loss that takes several times as long as the kernel that fills it. A step asks for the same sizes again
+and again, so a block goes to a free list when the last tensor on it is gone, wherever that tensor went meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALLEST = 1 << 20  # bytes; malloc recycles smaller blocks itself
+MOST_IDLE = 1 << 29  # bytes that may wait on the free list
+ALIGNMENT = 64
+
+_idle: dict[int, list[np.ndarray]] = {}
+
+
+def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised contiguous CPU tensor, aligned to 64 bytes; like ``torch.empty`` for the one who uses it."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < SMALLEST:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        block = _idle[size].pop()
+    except (KeyError, IndexError):
+        block = np.empty(size + ALIGNMENT, dtype=np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    lease = block[start : start + size]
+    weakref.finalize(lease, _give_back, size, block).atexit = False
+    return torch.from_numpy(lease).view(dtype).view(*shape)  # its storage holds the lease
+
+
+def idle_bytes() -> int:
+    """Bytes that wait on the free list."""
+    return sum(size * len(blocks) for size, blocks in list(_idle.items()))
+
+
+def _give_back(size: int, block: np.ndarray) -> None:
+    """Runs when a lease is gone, in whichever thread that happens; each step is atomic under the interpreter's lock."""
+    if idle_bytes() + size > MOST_IDLE:
+        _idle.clear()
+    if size <= MOST_IDLE:
+        _idle.setdefault(size, []).append(block)
