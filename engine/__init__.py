@@ -16,7 +16,20 @@ _EXPORTS = {
     "random_plan": "masking",
     "UserError": "errors",
 }
-_MODULES = ("config", "data", "errors", "evaluation", "kernels", "masking", "methods", "models", "report", "teacher", "tokens", "training")
+_MODULES = (
+    "config",
+    "data",
+    "errors",
+    "evaluation",
+    "kernels",
+    "masking",
+    "methods",
+    "models",
+    "report",
+    "teacher",
+    "tokens",
+    "training",
+)
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 

@@ -1,4 +1,4 @@
-"""Ops of masked distillation: they know tensors, never models. See :mod:`cohobate.kernels.registry` for how one is built."""
+"""Ops of masked distillation: they know tensors, never models. :mod:`~cohobate.kernels.registry` says how one is made."""
 
 from cohobate.kernels import alignment, tokens
 from cohobate.kernels.registry import OPS, Cost, choose, use_backend, why_not

@@ -43,7 +43,7 @@ def why_not(device: str) -> tuple[str, ...]:
     if device != "cuda":
         return (f"triton runs on CUDA (or anywhere under TRITON_INTERPRET=1), the tensors are on {device}",)
     major, minor = torch.cuda.get_device_capability()
-    return () if major >= 8 else (f"triton kernels need compute capability 8.0 or later, this card has {major}.{minor}",)
+    return () if major >= 8 else (f"triton needs compute capability 8.0 or later, this card has {major}.{minor}",)
 
 
 def architecture(device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """Launch configurations as data: one JSON file an architecture, a list of entries.
 
-An entry is ``{"op", "dtype", "width", "tokens", "config", "provenance"}``. ``width`` is the row length, ``tokens`` the upper
-end of a bucket of rows a sample; either may be ``null`` for any. Batch size is never part of a key, so ranks agree.
+An entry is ``{"op", "dtype", "width", "tokens", "config", "provenance"}``. ``width`` is the row length, ``tokens`` the
+upper end of a bucket of rows a sample; either may be ``null`` for any. Batch size is never in a key, so ranks agree.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def lookup(op: str, dtype: str, width: int, tokens: int, architecture: str) -> d
         and (entry["tokens"] is None or tokens <= entry["tokens"])
     ]
     if not fits:
-        raise LookupError(f"no launch configuration for {op} ({dtype}, width {width}, {tokens} tokens) in {architecture}.json")
+        call = f"{op} ({dtype}, width {width}, {tokens} tokens)"
+        raise LookupError(f"no launch configuration for {call} in {architecture}.json")
     best = min(fits, key=lambda e: (e["width"] is None, e["dtype"] is None, e["tokens"] is None, e["tokens"] or 0))
     config: dict[str, int] = best["config"]
     return config
