@@ -1,4 +1,4 @@
-"""Ops of masked distillation: they know tensors, never models. :mod:`~cohobate.kernels.registry` says how one is made."""
+"""Ops of masked distillation: they know tensors, never models. ``registry`` says how an op is made."""
 
 from cohobate.kernels import alignment, tokens
 from cohobate.kernels.registry import OPS, Cost, choose, use_backend, why_not
