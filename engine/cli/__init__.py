@@ -202,10 +202,9 @@ def _evaluate(arguments: list[str]) -> int:
     if options is None:
         return 0
     rows = _quality(options)
-    for row in rows:
-        print(f"{row['metric']:<8}{row['features']:<6}{row['label']:<16}{row['value']:.4f}")
-    if rows:
-        print(f"effective rank  {', '.join(sorted({_rank_of(row) for row in rows}))}")
+    from cohobate.evaluation import summary
+
+    print("\n".join(summary(rows)))
     if options.json is not None:
         with options.json.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -215,10 +214,10 @@ def _evaluate(arguments: list[str]) -> int:
 def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     from cohobate import data
     from cohobate.evaluation import ImageSource, evaluate, has_split
-    from cohobate.training import find_export, load_encoder
+    from cohobate.training import load_encoder, read_config
     from cohobate.training.distributed import start
 
-    encoder = load_encoder(find_export(options.weights)).to(start(options.device).device)
+    encoder = load_encoder(options.weights).to(start(options.device).device)
     sources = {}
     for split, limit in (("train", options.train_limit), ("test", options.test_limit)):
         if not has_split(options.data, split):
@@ -226,6 +225,7 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         sources[split] = ImageSource(
             data.build_manifest(options.data, split=split),
             (encoder.grid.height, encoder.grid.width),
+            interpolation=read_config(options.weights)["pretrained_cfg"]["interpolation"],
             channels=encoder.grid.channels,
             batch_size=options.batch_size,
             workers=options.workers,
@@ -241,10 +241,6 @@ def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
         k=options.k,
         temperature=options.temperature,
     )
-
-
-def _rank_of(row: dict[str, Any]) -> str:
-    return f"{row['features']} {row['effective_rank']:.1f}"
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def _check_sections(config: Config) -> None:
     _expect(data.workers >= 0, "data.workers", "0 or more", data.workers)
     _expect(0 < data.scale[0] <= data.scale[1] <= 1, "data.scale", "0 < low <= high <= 1", list(data.scale))
     _expect(0 < data.ratio[0] <= data.ratio[1], "data.ratio", "0 < low <= high", list(data.ratio))
+    _expect(0 <= data.max_bad <= 1, "data.max_bad", "0 to 1", data.max_bad)
     _expect(0 <= data.flip <= 1, "data.flip", "0 to 1", data.flip)
     _expect(0 < mask.ratio < 1, "mask.ratio", "between 0 and 1", mask.ratio)
     tokens = (data.image_size[0] // model.patch) * (data.image_size[1] // model.patch)

@@ -26,6 +26,7 @@ FREE_KEYS = (
     "data.generate",
     "data.loader",
     "data.workers",
+    "data.max_bad",
     "evaluate",
     "checkpoint",
     "log",

@@ -59,6 +59,8 @@ class DataConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """One number a channel, on the scale 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    max_bad: float = 0.01
+    """Share of images that may be unreadable before the run gives up; each is replaced, counted and listed."""
 
 
 @dataclass(frozen=True)

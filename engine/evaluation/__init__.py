@@ -19,6 +19,7 @@ __all__ = [
     "has_split",
     "knn_accuracy",
     "linear_accuracy",
+    "summary",
 ]
 
 
@@ -61,3 +62,14 @@ def evaluate(
                 row = {"features": name, "label": label, "metric": metric, "value": value}
                 rows.append(row | {"effective_rank": ranks[name]})
     return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows of :func:`evaluate` for people: a line a label kind, and one for the effective rank."""
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in rows if row["label"]):
+        cells = [f"{r['metric']} {r['features']} {r['value']:.3f}" for r in rows if r["label"] == label]
+        lines.append(f"{label:<16}{'   '.join(cells)}")
+    ranks = {row["features"]: row["effective_rank"] for row in rows}
+    lines.append(f"{'effective rank':<16}{'   '.join(f'{name} {value:.1f}' for name, value in ranks.items())}")
+    return lines

@@ -109,7 +109,6 @@ def extract(encoder: VisionTransformer, source: ImageSource, device: torch.devic
     finally:
         encoder.train(training)
     features = {name: torch.cat(values) for name, values in parts.items()}
-    labels = source.manifest.labels
-    if labels is not None:
-        labels = torch.as_tensor(labels)[torch.cat(places)].to(device)
+    known = source.manifest.labels
+    labels = None if known is None else torch.as_tensor(known)[torch.cat(places)].to(device)
     return FeatureSet(features, labels)

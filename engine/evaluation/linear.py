@@ -48,11 +48,11 @@ def linear_accuracy(
         logits = F.linear(inputs, weight, bias).split(sizes, dim=1)
         terms = [F.cross_entropy(part, train_labels[:, kind]) for kind, part in enumerate(logits)]
         loss = torch.stack(terms).sum() + 0.5 * decay * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        solver.step(objective)  # type: ignore[no-untyped-call]
+        solver.step(objective)
     with torch.no_grad():
         logits = F.linear(queries, weight, bias).split(sizes, dim=1)
         right = [(part.argmax(dim=1) == test_labels[:, kind]).float().mean() for kind, part in enumerate(logits)]

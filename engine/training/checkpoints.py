@@ -54,6 +54,15 @@ class Checkpoints:
         barrier(self.ranks)
         return final
 
+    def finish(self) -> None:
+        """Note in the newest resume point that nothing is left to do."""
+        last = self.last()
+        if last is not None and self.ranks.first:
+            text = json.dumps(read_progress(last) | {"finished": True}, indent=1)
+            aside = last / (_PROGRESS + _ASIDE)
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(last / _PROGRESS)
+
     def found(self) -> list[Path]:
         """Complete resume points, oldest first."""
         return sorted(path.parent for path in self.folder.glob(f"step_*/{_PROGRESS}") if _ASIDE not in path.parent.name)

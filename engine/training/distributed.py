@@ -21,6 +21,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    joined: bool = False  # whether start() made the process group, so that stop() ends it
 
     @property
     def first(self) -> bool:
@@ -50,16 +51,17 @@ def start(device: str = "auto") -> Ranks:
     chosen = torch.device(kind)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world > 1 and not dist.is_initialized():
+    joined = world > 1 and not dist.is_initialized()
+    if joined:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         # Rank 0 evaluates while the others wait, so the usual ten minutes can be too few.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    return Ranks(rank, world, chosen)
+    return Ranks(rank, world, chosen, joined)
 
 
-def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+def stop(ranks: Ranks) -> None:
+    """Leave the process group, if :func:`start` made it."""
+    if ranks.joined and dist.is_initialized():
         dist.destroy_process_group()
 
 

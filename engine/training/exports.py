@@ -17,8 +17,16 @@ from cohobate.tokens import TokenGrid
 ENCODER, DECODER, CONFIG = "model.safetensors", "decoder.safetensors", "config.json"
 
 
-def export(folder: Path, encoder: VisionTransformer, decoder: nn.Module | None, about: dict[str, Any]) -> Path:
+def export(
+    folder: Path,
+    encoder: VisionTransformer,
+    decoder: nn.Module | None,
+    about: dict[str, Any],
+    interpolation: str = "bicubic",
+) -> Path:
     """Write ``model.safetensors``, ``decoder.safetensors`` and ``config.json`` into ``folder``; fp32, on the CPU.
+
+    ``about`` is kept in config.json; ``interpolation`` is how images were resized.
 
     ``timm.create_model("local-dir:<folder>")`` reads the encoder where its sizes are ones that timm can build.
     """
@@ -26,7 +34,7 @@ def export(folder: Path, encoder: VisionTransformer, decoder: nn.Module | None, 
     _save(folder / ENCODER, encoder)
     if decoder is not None:
         _save(folder / DECODER, decoder)
-    text = json.dumps(describe(encoder) | {"cohobate": about}, indent=1)
+    text = json.dumps(describe(encoder, interpolation) | {"cohobate": about}, indent=1)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return folder
 
@@ -38,14 +46,15 @@ def _save(path: Path, module: nn.Module) -> None:
     aside.replace(path)
 
 
-def describe(encoder: VisionTransformer) -> dict[str, Any]:
+def describe(encoder: VisionTransformer, interpolation: str = "bicubic") -> dict[str, Any]:
     """The part of config.json that timm reads."""
     grid = encoder.grid
     side = grid.patch[-1]
     sizes = (encoder.width, encoder.depth, encoder.heads)
     name = next((key for key, size in SIZES.items() if (size.width, size.depth, size.heads) == sizes), "custom")
     known = name if name != "custom" else "base"
-    hidden = encoder.blocks[0].mlp.fc1.out_features if encoder.depth else 4 * encoder.width  # type: ignore[union-attr]
+    weight = encoder.state_dict().get("blocks.0.mlp.fc1.weight")
+    hidden = 4 * encoder.width if weight is None else weight.shape[0]
     return {
         "architecture": f"vit_{known}_patch{14 if known == 'huge' else 16}_224",
         "name": f"vit_{name}_patch{side}_{grid.height}",
@@ -65,8 +74,8 @@ def describe(encoder: VisionTransformer) -> dict[str, Any]:
         },
         "pretrained_cfg": {
             "input_size": [grid.channels, grid.height, grid.width],
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "interpolation": interpolation,
+            "crop_pct": 0.875,
             "mean": list(encoder.mean),
             "std": list(encoder.std),
             "num_classes": 0,
@@ -91,14 +100,23 @@ def find_export(path: str | Path) -> Path:
     return max(found, key=lambda item: int(item.name.split("-")[0]))
 
 
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of an export, or of the last export of a run folder.
+
+    Raises:
+        UserError: no export at ``path``.
+    """
+    settings: dict[str, Any] = json.loads((find_export(path) / CONFIG).read_text(encoding="utf-8"))
+    return settings
+
+
 def load_encoder(path: str | Path, precision: Precision | None = None) -> VisionTransformer:
     """Rebuild an encoder from an export, or from the last export of a run folder; every key must fit.
 
     Raises:
         UserError: no export at ``path``, or one whose keys or shapes do not fit.
     """
-    folder = find_export(path)
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    folder, settings = find_export(path), read_config(path)
     shape, shown = settings["model_args"], settings["pretrained_cfg"]
     height, width = shape["img_size"]
     encoder = VisionTransformer(

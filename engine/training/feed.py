@@ -78,6 +78,7 @@ class Feed:
             world_size=self.ranks.world,
             start=taken,
             channels=settings.channels,
+            max_bad=settings.max_bad,
         )
         self.taken = taken
         self._batches = iter(self.loader)

@@ -12,7 +12,7 @@ import torch
 from cohobate import config as configuration
 from cohobate.config import Config
 from cohobate.errors import UserError
-from cohobate.evaluation import evaluate
+from cohobate.evaluation import evaluate, summary
 from cohobate.training import checkpoints, distributed
 from cohobate.training.checkpoints import Checkpoints
 from cohobate.training.console import Console, duration
@@ -58,7 +58,7 @@ def train(config: Config) -> tuple[Path | None, int]:
                 run.close()
         return (Path(config.run) if ranks.first else None), 0
     finally:
-        distributed.stop()
+        distributed.stop(ranks)
 
 
 class Run:
@@ -96,6 +96,9 @@ class Run:
         """Every stage from where the run stands."""
         done = self.progress
         self.clock.mark("setup")
+        if done.get("finished"):
+            self.console.say(f"{self.folder} is finished; give another run=... to train again")
+            return
         if self.point is None:
             self._evaluate_untrained()
         else:
@@ -108,7 +111,7 @@ class Run:
             if self.point is not None and index == done["stage"]:
                 self._restore(stage, self.point)
             before = self._train_stage(stage)
-        self.feed.close()
+        self.checkpoints.finish()
 
     def _train_stage(self, stage: Stage) -> Stage:
         if self.progress["stage"] != stage.index:
@@ -198,15 +201,17 @@ class Run:
             k=settings.k,
             temperature=settings.temperature,
         )
-        place = {"step": self.progress["step"], "stage": stage, "stage_name": name}
+        update = self.progress["step"]
+        place = {"step": update, "stage": stage, "stage_name": name}
         trim_lines(self.folder / "evaluations.jsonl", lambda row: row["stage"] < stage)
         with JsonLines(self.folder / "evaluations.jsonl") as file:
             file.write(*[place | row for row in rows])
         for row in rows:
-            self.board.write(place["step"], {f"eval/{row['features']}/{row['label']}/{row['metric']}": row["value"]})
-        shown = [f"{r['features']} {r['label']} {r['metric']} {r['value']:.3f}".replace("  ", " ") for r in rows]
+            self.board.write(update, {f"eval/{row['features']}/{row['label']}/{row['metric']}": row["value"]})
         spent = duration(time.perf_counter() - begin)
-        self.console.say(f"stage {stage} {name}: {', '.join(shown)}  ({spent})")
+        self.console.say(f"stage {stage} {name}: evaluated in {spent}")
+        for line in summary(rows):
+            self.console.say(f"  {line}")
         self.clock.mark("evaluation")
 
     # -- resuming ------------------------------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ class Run:
         """The place of a resume point, if it belongs to this configuration, data set and number of ranks."""
         found = checkpoints.read_progress(point)
         if found["fingerprint"] == self.identity["fingerprint"] and found["sources"] == self.identity["sources"]:
-            return {key: int(found[key]) for key in ("stage", "stage_step", "step")}
+            return {key: int(found.get(key, 0)) for key in ("stage", "stage_step", "step", "finished")}
         changes = _differences(found, self.identity)
         raise UserError(
             f"resume: expected the settings that {point} was made with, got {'; '.join(changes)} "
@@ -236,7 +241,8 @@ class Run:
     def _save(self, stage: Stage) -> None:
         state = checkpoints.training_state(stage.trained, stage.updater.optimizer)
         state["updater"] = stage.updater.counters()
-        self.checkpoints.save(self.progress["step"], state, self.progress | self.identity)
+        place = {key: self.progress[key] for key in ("stage", "stage_step", "step")}
+        self.checkpoints.save(self.progress["step"], state, place | self.identity)
         self.clock.mark("checkpoint")
 
     def _restore(self, stage: Stage, point: Path) -> None:

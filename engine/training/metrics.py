@@ -76,7 +76,7 @@ class Board:
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder))
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Plot every number of ``row`` at ``step``."""
@@ -144,7 +144,7 @@ class Clock:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def mark(self, name: str) -> None:

@@ -8,6 +8,7 @@ the schedule. A resume point then fills in the student, its decoder and the opti
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ class StageManager:
         module: nn.Module = method
         if self.ranks.many:
             # Sends the first rank's weights to all. Buffers (the teacher) are not sent again at every step.
-            module = DistributedDataParallel(method, broadcast_buffers=False, init_sync=not self._unsynchronised(index))
+            module = DistributedDataParallel(method, init_sync=not self._unsynchronised(index), **_no_buffer_sync())
         updater = Updater(
             method,
             weight_decay=config.optimizer.weight_decay,
@@ -158,7 +159,7 @@ class StageManager:
         folder = self.export_folder(stage.index)
         if self.ranks.first:
             about = {"stage": stage.name, "method": self.config.stages[stage.index].method, "step": step}
-            export(folder, stage.method.student, stage.method.decoder, about)
+            export(folder, stage.method.student, stage.method.decoder, about, self.config.data.interpolation)
         barrier(self.ranks)
         return folder
 
@@ -192,6 +193,12 @@ class StageManager:
         if depth > model.depth:
             raise UserError(f"stages.{index}.teacher.depth: expected at most {model.depth}, got {depth}")
         return FrozenTeacher(model, (depth,), precision=precision)
+
+
+def _no_buffer_sync() -> dict[str, Any]:
+    """How this torch is told not to send buffers around in every forward pass (2.13 renamed it)."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
 
 
 def build_encoder(config: Config) -> VisionTransformer:

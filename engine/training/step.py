@@ -45,7 +45,7 @@ class Step:
             with self._no_sync(part < count - 1):
                 result = self._forward(batch, epoch, step, part, signals and part == count - 1)
                 self.clock.mark("forward")
-                (result.total / count if count > 1 else result.total).backward()  # type: ignore[no-untyped-call]
+                (result.total / count if count > 1 else result.total).backward()
                 self.clock.mark("backward")
             self.meter.add({"loss/total": result.total, **result.terms})
             self.meter.latest(result.signals)
@@ -77,5 +77,5 @@ class Step:
     def _no_sync(self, more: bool) -> contextlib.AbstractContextManager[None]:
         """Between micro-batches the ranks need not exchange gradients."""
         if more and self.ranks.many:
-            return self.stage.module.no_sync()  # type: ignore[no-any-return, operator]
+            return self.stage.module.no_sync()  # type: ignore[operator]
         return contextlib.nullcontext()
