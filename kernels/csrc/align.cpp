@@ -11,7 +11,8 @@ namespace cohobate {
 static AlignRows rows_of(const Tensor& tensor, const std::optional<Tensor>& rows) {
   AlignRows view{tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1), tensor.size(1), nullptr, 0};
   if (rows) {
-    view.rows = static_cast<const int32_t*>(rows->const_data_ptr());
+    static const int32_t none = 0;  // an empty list has no address, and a null one would mean all rows
+    view.rows = rows->numel() ? static_cast<const int32_t*>(rows->const_data_ptr()) : &none;
     view.rows_stride = rows->stride(0);
   }
   return view;
