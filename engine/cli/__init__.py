@@ -213,24 +213,27 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _quality(options: argparse.Namespace) -> list[dict[str, Any]]:
     from cohobate import data
-    from cohobate.evaluation import ImageSource, evaluate, has_split
+    from cohobate.evaluation import ImageSource, check_same_classes, evaluate, has_split, held_out_split
     from cohobate.training import load_encoder, read_config
     from cohobate.training.distributed import start
 
     encoder = load_encoder(options.weights).to(start(options.device).device)
+    parts = {"train": "train" if has_split(options.data, "train") else None, "test": held_out_split(options.data)}
+    limits = {"train": options.train_limit, "test": options.test_limit}
     sources = {}
-    for split, limit in (("train", options.train_limit), ("test", options.test_limit)):
-        if not has_split(options.data, split):
-            raise UserError(f"data: expected a train and a test part in {options.data!r}, found no {split}")
-        sources[split] = ImageSource(
+    for part, split in parts.items():
+        if split is None:
+            raise UserError(f"data: expected a train and a test part in {options.data!r}, found no {part}")
+        sources[part] = ImageSource(
             data.build_manifest(options.data, split=split),
             (encoder.grid.height, encoder.grid.width),
             interpolation=read_config(options.weights)["pretrained_cfg"]["interpolation"],
             channels=encoder.grid.channels,
             batch_size=options.batch_size,
             workers=options.workers,
-            limit=limit,
+            limit=limits[part],
         )
+    check_same_classes(sources["train"].manifest, sources["test"].manifest)
     if sources["train"].manifest.labels is None:
         raise UserError(f"data: expected labelled images in {options.data!r}, found none with a label")
     return evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cohobate.evaluation.features import FeatureSet, ImageSource, extract, has_split
+from cohobate.evaluation.features import FeatureSet, ImageSource, check_same_classes, extract, has_split, held_out_split
 from cohobate.evaluation.knn import knn_accuracy
 from cohobate.evaluation.linear import linear_accuracy
 from cohobate.evaluation.quality import effective_rank
@@ -13,10 +13,12 @@ from cohobate.models import VisionTransformer
 __all__ = [
     "FeatureSet",
     "ImageSource",
+    "check_same_classes",
     "effective_rank",
     "evaluate",
     "extract",
     "has_split",
+    "held_out_split",
     "knn_accuracy",
     "linear_accuracy",
     "summary",

@@ -16,6 +16,13 @@ from cohobate.models import VisionTransformer
 _CACHE_BYTES = 1 << 30  # decoded images are kept for the next evaluation up to this size
 
 
+def check_same_classes(train: data.Manifest, test: data.Manifest) -> None:
+    """Raise UserError unless class folders, where the labels come from them, have the same names in both parts."""
+    if train.class_names != test.class_names:
+        odd = sorted(set(train.class_names) ^ set(test.class_names))
+        raise UserError(f"data: expected the same class folders in both parts, but only one has {', '.join(odd[:3])}")
+
+
 @dataclass
 class ImageSource:
     """Images of one split, resized and centre-cropped; decoded once if they fit into memory.
@@ -77,6 +84,11 @@ class ImageSource:
         finally:
             loader.close()
         self._cache = kept
+
+
+def held_out_split(root: str) -> str | None:
+    """Name of the part of a data set that accuracy is counted on: test, val, valid or validation; None without one."""
+    return next((name for name in ("test", "val", "valid", "validation") if has_split(root, name)), None)
 
 
 def has_split(root: str, split: str) -> bool:

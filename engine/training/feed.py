@@ -10,7 +10,7 @@ import torch
 from cohobate import data
 from cohobate.config import Config
 from cohobate.errors import UserError
-from cohobate.evaluation import ImageSource, has_split
+from cohobate.evaluation import ImageSource, check_same_classes, has_split, held_out_split
 from cohobate.training.distributed import Ranks, barrier
 
 
@@ -28,7 +28,10 @@ class Feed:
         self.config, self.ranks = config, ranks
         self.root = find_data(config, ranks)
         self.train = self._manifest("train")
-        self.test = self._manifest("test") if has_split(self.root, "test") else None
+        test = held_out_split(self.root)
+        self.test = None if test is None else self._manifest(test)
+        if self.test is not None and config.evaluate.enabled:
+            check_same_classes(self.train, self.test)
         count, update = len(self.train.paths), config.data.batch_size * config.optimizer.accumulate * ranks.world
         if count < update:
             one = f"{config.data.batch_size} x {config.optimizer.accumulate} accumulated x {ranks.world} ranks"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cohobate import data
-from cohobate.evaluation import ImageSource, evaluate, extract
+from cohobate.errors import UserError
+from cohobate.evaluation import ImageSource, check_same_classes, evaluate, extract, held_out_split
 from cohobate.models import Precision, VisionTransformer, build
 
 
@@ -73,3 +74,18 @@ def test_without_a_class_token_or_without_labels(images: Path) -> None:
     plain = ImageSource(data.build_manifest(images / "train"), (16, 16), workers=0)
     (cls, mean) = evaluate(encoder(), plain, None)
     assert cls["metric"] == mean["metric"] == "effective_rank" and mean["value"] == mean["effective_rank"] > 1
+
+
+def test_parts_by_other_names_and_with_other_classes(tmp_path: Path) -> None:
+    for place in ("train/cat", "train/dog", "val/cat", "val/owl"):
+        data.make_images(tmp_path / "made", train=1, test=1, processes=1)
+        (tmp_path / "set" / place).mkdir(parents=True)
+        (tmp_path / "set" / place / "a.jpg").write_bytes((tmp_path / "made" / "train" / "000000.jpg").read_bytes())
+    root = str(tmp_path / "set")
+    assert held_out_split(root) == "val" and held_out_split(str(tmp_path)) is None
+    train, val = (data.build_manifest(root, split=name) for name in ("train", "val"))
+    check_same_classes(train, train)
+    with pytest.raises(
+        UserError, match="data: expected the same class folders in both parts, but only one has dog, owl"
+    ):
+        check_same_classes(train, val)
