@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,12 @@ class _Steps(Dataset[Rows]):
         if not self.shared:
             rows.pixels = np.asarray(rows.pixels)  # arrays travel through the pipe, tensors through shared memory
         return rows
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group must not take the workers away from a parent that still wants to save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _same(rows: Any) -> Any:
@@ -68,6 +75,7 @@ class TorchExecutor:
             collate_fn=_same,
             generator=torch.Generator(),  # otherwise it draws from the global one, and a resumed run would differ
             pin_memory=pin,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
         self._rows = iter(self._loader)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +164,20 @@ def test_going_on_from_a_checkpoint_given_by_path(tiny: Any) -> None:
     point = tiny.folder / "whole" / "checkpoints" / "step_000000006"
     train(tiny.config("whole", f"resume={point}"))
     assert [row["step"] for row in lines(tiny.folder / "whole")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_signal_to_the_whole_process_group_spares_the_workers(tiny: Any) -> None:
+    """Schedulers signal every process of a job; the run still writes its checkpoint and ends with one line."""
+    run = tiny.folder / "run"
+    words = tiny.words("run", "data.workers=2", "stages.0.steps=100000", "log.every=1")
+    command = [sys.executable, "-m", "cohobate", "train", "demo", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not ((run / "metrics.jsonl").is_file() and lines(run)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith("stopped; go on with the same command")
+    assert len(list((run / "checkpoints").glob("step_*/progress.json"))) == 1
