@@ -31,6 +31,7 @@ from cohobate.kernels import Cost
 
 ROLES = ("eager", "compile", "other", "ours")
 BASELINES = ("eager", "compile")
+SLOW_MS = 2000.0  # a round that takes longer needs no second warm-up
 # Caps on the relative error against float64: what rounding of that dtype may cost over a few thousand additions.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "int32": 0.0}
 
@@ -223,8 +224,9 @@ def _check(case: Case, provider: Provider, row: Row) -> None:
 
 def _time(samplers: Sequence[tuple[Row, Callable[[], float]]], effort: Effort) -> None:
     run = [sampler for _, sampler in samplers]
-    timing.interleave(run, 1)  # warm-up, and the first look at how long a round takes
     round_ms = sum(times[0] for times in timing.interleave(run, 1))
+    if round_ms < SLOW_MS:  # short calls are still warming up
+        round_ms = sum(times[0] for times in timing.interleave(run, 1))
     rounds = int(effort.seconds * 1e3 / effort.repeats / max(round_ms, 1e-6))
     rounds = max(effort.least, min(effort.most, rounds))
     repeats = [timing.interleave(run, rounds) for _ in range(effort.repeats)]

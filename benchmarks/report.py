@@ -2,7 +2,7 @@
 
 A document holds blocks ``<!-- bench:NAME -->`` ... ``<!-- /bench -->``; what stands between is replaced. NAME is
 
-- ``FILE-DEVICE``, the headline table of ``FILE.jsonl`` for that device (``kernels-cpu``),
+- ``FILE-DEVICE``, the main table of ``FILE.jsonl`` for that device (``kernels-cpu``: one line an op),
 - ``FILE-DEVICE-full``, every row, or
 - ``FILE-DEVICE-machine``, where it was measured.
 
@@ -81,7 +81,7 @@ def render(root: Path, name: str) -> str:
         return f"not measured ({how} measures it)\n"
     if part == "-machine":
         return machine(results, root)
-    return full(results) if part == "-full" else headline(results)
+    return headline(results) if part is None and stem.startswith("kernels") else full(results)
 
 
 def machine(results: Results, root: Path) -> str:

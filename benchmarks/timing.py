@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from cohobate.kernels import memory
+
 SHORTEST_SAMPLE_MS = 0.5  # a shorter sample is mostly the clock and the interpreter: the call is repeated inside it
 FLUSH_BYTES = 2**28  # written before every sample on CUDA: more than any card's L2, and long enough to hide a launch
 
@@ -161,7 +163,6 @@ def peak_memory_mb(provider: Timeable, device: str) -> float | None:
         torch.cuda.synchronize()
         del kept
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    gc.collect()
     if not _hand_back_free_memory():
         return None
     resident = _status_mb("VmRSS")
@@ -172,9 +173,11 @@ def peak_memory_mb(provider: Timeable, device: str) -> float | None:
 
 
 def _hand_back_free_memory() -> bool:
-    """glibc keeps freed blocks; what it keeps would hide a later allocation."""
+    """glibc and our kernels keep freed blocks, which would hide a later allocation. False where this cannot be done."""
     if not CLEAR_REFS.exists():
         return False
+    gc.collect()
+    memory.release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

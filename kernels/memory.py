@@ -42,6 +42,11 @@ def idle_bytes() -> int:
     return sum(size * len(blocks) for size, blocks in list(_idle.items()))
 
 
+def release() -> None:
+    """Hand the waiting blocks back to the system."""
+    _idle.clear()
+
+
 def _give_back(size: int, block: np.ndarray) -> None:
     """Runs when a lease is gone, in whichever thread that happens; each step is atomic under the interpreter's lock."""
     if idle_bytes() + size > MOST_IDLE:

@@ -7,6 +7,7 @@ most twice that of plain PyTorch in the same precision plus one rounding of the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ SIZES = {
 }
 # Caps on the relative Frobenius error: a few roundings of the dtype, and for fp32 a few thousand additions.
 CAPS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
+# One rounding of the result; for fp32 also what adding in another order may change.
+ROUNDING = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 8e-3}
+LOSS_SCALE = 4096.0
 
 
 def fast(call: Call, device: str) -> Call:
@@ -54,38 +58,29 @@ def restride(x: Tensor, kind: str) -> Tensor:
     return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x
 
 
-def with_strides(kernel: KernelCase, kind: str) -> KernelCase:
-    """Floats, indices and the incoming gradient restrided; pixels are contiguous by contract."""
-    values = {
-        name: restride(value, kind) if isinstance(value, Tensor) and value.dtype is not torch.uint8 else value
-        for name, value in kernel.ours.arguments.items()
-    }
-    upstream = None if kernel.upstream is None else restride(kernel.upstream, kind)
-    return KernelCase(
-        kernel.name, kernel.shape, kernel.literal, Call(kernel.ours.function, values), kernel.cost, kernel.leaves,
-        kernel.to_ours, upstream, kernel.compare,
-    )  # fmt: skip
-
-
 def poison(device: str) -> None:
     """Leave NaN in the memory that the next allocations get, so that a value nobody wrote shows."""
     for size in (2**10, 2**14, 2**18, 2**22):
         torch.full((size,), float("nan"), device=device)
 
 
-def run(kernel: KernelCase, call: Call, dtype: str) -> Mapping[str, Tensor]:
-    """Output and gradients of one call on these very arguments (their strides kept)."""
-    cast = call.cast(DTYPES[dtype])
-    values = {
-        name: value.detach().requires_grad_(True) if name in kernel.leaves else value
-        for name, value in cast.arguments.items()
-    }
-    out = cast.function(*values.values())
+def run(kernel: KernelCase, call: Call, dtype: str, kind: str = "dense") -> Mapping[str, Tensor]:
+    """Output and gradients of one call, with floats, indices and the incoming gradient in memory of that kind.
+
+    Pixels are contiguous by contract. A loss in fp16 gets a loss scale, as in training: its gradient would underflow.
+    """
+    values: dict[str, Any] = {}
+    for name, value in call.cast(DTYPES[dtype]).arguments.items():
+        if isinstance(value, Tensor) and value.dtype is not torch.uint8:
+            value = restride(value, kind).detach().requires_grad_(name in kernel.leaves)
+        values[name] = value
+    out = call.function(*values.values())
     results = {"out": out.detach()}
     if kernel.leaves:
-        upstream = None if kernel.upstream is None else kernel.upstream.to(out.dtype)
-        gradients = torch.autograd.grad(out, [values[leaf] for leaf in kernel.leaves], upstream)
-        results.update({f"grad {leaf}": gradient for leaf, gradient in zip(kernel.leaves, gradients)})
+        scale = LOSS_SCALE if kernel.upstream is None and dtype == "fp16" else 1.0
+        upstream = torch.full_like(out, scale) if kernel.upstream is None else kernel.upstream.to(out.dtype)
+        gradients = torch.autograd.grad(out, [values[leaf] for leaf in kernel.leaves], restride(upstream, kind))
+        results.update({f"grad {leaf}": g.double() / scale for leaf, g in zip(kernel.leaves, gradients, strict=True)})
     return results
 
 
@@ -95,21 +90,20 @@ def distance(got: Tensor, answer: Tensor) -> float:
     return float((got.double() - answer).norm() / answer.norm().clamp_min(1e-300))
 
 
-def check(kernel: KernelCase, device: str, dtype: str) -> None:
+def check(kernel: KernelCase, device: str, dtype: str, kind: str = "dense") -> None:
     if kernel.compare is not None:
-        got = run(kernel, fast(kernel.ours, device), dtype)
+        got = run(kernel, fast(kernel.ours, device), dtype, kind)
         assert kernel.compare(got) == (0.0, None)
         assert torch.equal(got["out"], run(kernel, reference(kernel.ours), dtype)["out"])
         return
     answer = kernel.case(kernel.modes[-1]).expected
     plain = run(kernel, reference(kernel.ours), dtype)
     poison(device)
-    got = run(kernel, fast(kernel.ours, device), dtype)
+    got = run(kernel, fast(kernel.ours, device), dtype, kind)
     assert set(got) == set(answer)
     for name, right in answer.items():
         error, eager = distance(got[name], right), distance(plain[name], right)
-        rounding = torch.finfo(DTYPES[dtype]).eps
-        assert error <= 2 * eager + rounding, f"{name}: error {error:.1e}, PyTorch's {eager:.1e}"
+        assert error <= 2 * eager + ROUNDING[dtype], f"{name}: error {error:.1e}, PyTorch's {eager:.1e}"
         assert error <= CAPS[dtype], f"{name}: error {error:.1e}"
 
 
@@ -131,7 +125,7 @@ def test_against_float64(device: str, name: str, dtype: str, size: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("kind", ["sliced", "transposed"])
 def test_any_strides(device: str, name: str, dtype: str, kind: str) -> None:
-    check(with_strides(cases.build(name, SIZES["odd"], device, seed=2), kind), device, dtype)
+    check(cases.build(name, SIZES["odd"], device, seed=2), device, dtype, kind)
 
 
 @pytest.mark.parametrize("device", DEVICES)
