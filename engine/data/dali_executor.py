@@ -187,10 +187,12 @@ class DaliExecutor:
         manifest = self.reader.manifest
         data = read_file(manifest.paths[sample])
         if manifest.plain_jpeg[sample]:
-            header = read_header(data, data[-TAIL:], len(data))
-            if header.upright != (manifest.heights[sample], manifest.widths[sample]):
-                raise BadImage("changed")
-            if header.plain_jpeg and header.complete and header.orientation == manifest.orientations[sample]:
+            size = (manifest.heights[sample], manifest.widths[sample])
+            try:
+                header = read_header(data, data[-TAIL:], len(data))
+            except BadImage:
+                header = None  # the plain decoder says what is wrong, the same whoever asks
+            if header is not None and header.plain_jpeg and header.complete and header.upright == size:
                 return data, box, flip
         return self.reader.render(sample, box, flip, data)
 

@@ -80,7 +80,7 @@ def _decode_pillow(data: bytes, channels: int) -> Pixels:
                     raise BadImage("unsupported")
                 if image.mode == "P" and "transparency" in image.info:
                     del image.info["transparency"]  # dropped like any other transparency
-                pixels = np.asarray(image.convert(mode))
+                pixels = np.array(image.convert(mode))  # a copy: what Pillow shares is read-only
     except BadImage:
         raise
     except Image.DecompressionBombError:
@@ -91,9 +91,11 @@ def _decode_pillow(data: bytes, channels: int) -> Pixels:
 
 
 def _reason(data: bytes, message: str) -> str:
-    if sniff(data) is None:
+    kind = sniff(data)
+    if kind is None:
         return "unknown"
-    return "truncated" if "truncated" in message.lower() else "corrupt"
+    endless = kind == "jpeg" and b"\xff\xd9" not in data
+    return "truncated" if endless or "truncated" in message.lower() else "corrupt"
 
 
 def _sixteen_bits(values: NDArray[np.generic], channels: int) -> Pixels:

@@ -7,7 +7,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 REASONS = {
     "missing": "no such file",
@@ -37,14 +37,14 @@ class Header:
     """Size as stored (before the EXIF orientation is applied), and how the file may be decoded.
 
     ``plain_jpeg``: an 8-bit baseline or progressive JPEG in grey or YCbCr, which every decoder reads alike.
-    ``complete``: the end marker is where it should be; None where only decoding can tell.
+    ``complete``: the end is where it should be; if not, only decoding can tell.
     """
 
     height: int
     width: int
     orientation: int
     plain_jpeg: bool
-    complete: bool | None
+    complete: bool
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -84,7 +84,7 @@ def read_header(data: bytes, tail: bytes, size: int) -> Header:
         data: the first bytes, or all of them; ``tail``: the last ``TAIL`` bytes at least.
 
     Raises:
-        BadImage: no image format, or a header that cannot be read.
+        BadImage: no image format, a header that cannot be read, or an end that is certainly missing.
         NeedMore: ``data`` is only the beginning, and what is asked for lies behind it.
     """
     kind = sniff(data)
@@ -123,8 +123,7 @@ def _jpeg(data: bytes, tail: bytes, partial: bool) -> Header:
                 raise BadImage("corrupt")
             rgb = adobe_transform == 0 and components == 3
             plain = marker <= 0xC2 and body[0] == 8 and components in (1, 3) and not rgb and height > 0
-            complete = True if b"\xff\xd9" in tail else None  # data may follow the end: only decoding tells
-            return Header(height, width, orientation, plain, complete)
+            return Header(height, width, orientation, plain, b"\xff\xd9" in tail)
         if marker == 0xE1 and body.startswith(b"Exif\0\0"):
             orientation = _exif_orientation(body[6:])
         elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
@@ -155,6 +154,13 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def _other(kind: str, data: bytes, tail: bytes, size: int) -> Header:
+    complete = None
+    if kind == "png":
+        complete = b"IEND" in tail
+    elif kind == "webp":
+        complete = size >= int.from_bytes(data[4:8], "little") + 8
+    if complete is False:
+        raise BadImage("truncated")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a bomb: the size is checked by the caller; of odd EXIF: it is ignored
@@ -163,15 +169,6 @@ def _other(kind: str, data: bytes, tail: bytes, size: int) -> Header:
                 orientation = image.getexif().get(0x0112, 1)
     except Image.DecompressionBombError:
         raise BadImage("too_large") from None
-    except UnidentifiedImageError:
-        raise BadImage("corrupt") from None
     except Exception:  # a broken header makes Pillow's parsers raise nearly anything
         raise BadImage("corrupt") from None
-    complete = None
-    if kind == "png":
-        complete = b"IEND" in tail
-    elif kind == "webp":
-        complete = size >= int.from_bytes(data[4:8], "little") + 8
-    if orientation not in range(1, 9):
-        orientation = 1
-    return Header(height, width, orientation, False, complete)
+    return Header(height, width, orientation if orientation in range(1, 9) else 1, False, bool(complete))

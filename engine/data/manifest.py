@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -188,7 +189,7 @@ def _load(path: str | os.PathLike[str]) -> tuple[Manifest, str]:
                 quarantine=tuple((path, reason) for path, reason in meta["quarantine"]),
                 ignored=meta["ignored"],
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"manifest: expected a saved manifest, got {path} ({error})") from None
     return manifest, meta["key"]
 
@@ -393,9 +394,7 @@ def _inspect(root: Path, name: str, verify: bool, max_pixels: int) -> tuple[int,
                 header = read_header(data, tail, len(data))
             if header.height * header.width > max_pixels:
                 return "too_large"
-            if header.complete is False:
-                return "truncated"
-            if verify or header.complete is None or header.height == 0:
+            if verify or not header.complete or header.height == 0:
                 if len(data) < size:
                     file.seek(0)
                     data = file.readall()
