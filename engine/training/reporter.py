@@ -29,16 +29,15 @@ class Reporter:
         self._peak = peak_flops(ranks.device)
 
     def read(self, stage_step: int, asked: bool, due: bool) -> tuple[dict[str, Any], bool, bool]:
-        """Metrics after ``stage_step`` updates, means over ranks; whether any rank was asked to stop; whether to save.
-
-        ``due`` counts from the first rank alone, whose clock decides for all.
+        """Metrics after ``stage_step`` updates, means over ranks; and, the same on every rank, whether one was asked
+        to stop and whether a checkpoint is due by the clock of one.
 
         Raises:
             UserError: too many updates in a row were skipped because their gradient was not finite.
         """
         updater, zero = self.stage.updater, torch.zeros((), device=self.ranks.device)
         self.meter.latest({"grad_norm": updater.norm, "bad_steps": updater.skipped, "bad_streak": updater.streak})
-        self.meter.latest({"asked": zero + float(asked), "due": zero + float(due and self.ranks.first)})
+        self.meter.latest({"asked": zero + float(asked), "due": zero + float(due)})
         row: dict[str, Any] = self.meter.read(self._mean)
         asked, due, streak = row.pop("asked") > 0, row.pop("due") > 0, row.pop("bad_streak")
         limit = self.stage.config.optimizer.max_bad_steps

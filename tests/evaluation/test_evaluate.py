@@ -22,7 +22,7 @@ def encoder(cls_token: bool = True) -> VisionTransformer:
     torch.manual_seed(0)
     precision = Precision(torch.float32, torch.float32)
     return build(
-        image_size=16, patch=4, width=24, depth=1, heads=2, cls_token=cls_token, drop_path=0.5, precision=precision
+        image_size=16, patch=4, width=24, depth=2, heads=2, cls_token=cls_token, drop_path=0.5, precision=precision
     )
 
 

@@ -92,28 +92,35 @@ def test_the_losses_fall(tiny: Any) -> None:
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
-    """Make the loss of some updates NaN."""
+def poisoned(monkeypatch: pytest.MonkeyPatch, bad: set[int], what: str) -> None:
+    """Make the loss of some updates infinite, or their gradient NaN, each alone."""
     whole = Step._forward
 
     def forward(self: Step, batch: Batch, epoch: int, step: int, part: int, signals: bool) -> StepLoss:
         result = whole(self, batch, epoch, step, part, signals)
-        return result._replace(total=result.total * math.nan) if step in bad else result
+        if step in bad and what == "loss":
+            return result._replace(total=result.total + math.inf)
+        if step in bad:
+            result.total.register_hook(lambda gradient: gradient * math.nan)
+        return result
 
     monkeypatch.setattr(Step, "_forward", forward)
 
 
-def test_bad_updates_are_skipped_and_counted(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, {2})
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_bad_updates_are_skipped_and_counted(tiny: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    poisoned(monkeypatch, {2}, what)
     config = tiny.config("run", "stages=[{name: mae, method: mae, steps: 6}]", "log.every=1")
     assert train(config)[1] == 0
     rows = [json.loads(line) for line in (tiny.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
-    assert rows[2]["loss/total"] is None and all(row["loss/total"] > 0 for row in rows[3:])
+    assert (rows[2]["loss/total"] is None) == (what == "loss")
+    assert (rows[2]["grad_norm"] is None) == (what == "gradient")
+    assert all(row["loss/total"] > 0 and row["grad_norm"] > 0 for row in rows[3:])
 
 
 def test_too_many_bad_updates_end_the_run_with_a_reason(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, set(range(2, 100)))
+    poisoned(monkeypatch, set(range(2, 100)), "gradient")
     config = tiny.config("run", "optimizer.max_bad_steps=3", "stages.0.steps=20", "checkpoint.every_steps=2")
     with pytest.raises(UserError, match=r"stages\.0: the gradient was not finite in 4 updates in a row"):
         train(config)
