@@ -122,7 +122,9 @@ def print_table(rows: Sequence[Row], setting: Setting, console: Console) -> None
         table.add_row(f"  {row.provider}", *cells(row), note, style="green" if row.role == "ours" else "")
     console.print(table)
     if any(": spread " in row.note for row in rows):
-        console.print("  ~ no ratio: the spread exceeds the difference", markup=False, highlight=False)
+        console.print(
+            "  ~ no ratio: the spread exceeds the difference, or half of the time", markup=False, highlight=False
+        )
     for text, number in notes.items():
         console.print(f"  {number}. {text}", markup=False, highlight=False)
 

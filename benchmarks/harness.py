@@ -6,7 +6,7 @@ A :class:`Case` is what is computed, with its right answer; a :class:`Provider` 
 
 - every required baseline was measured (literal eager *and* ``torch.compile`` of it, unless the caller says otherwise),
 - both sides' outputs and gradients agree with the answer within their stated tolerance, and
-- the gain exceeds the spread of both sides' timings.
+- the gain exceeds the spread of both sides' timings, and neither spread is above one half.
 
 Otherwise the ratio is None and ``note`` says which of the three it was.
 """
@@ -31,6 +31,7 @@ from cohobate.kernels import Cost
 
 ROLES = ("eager", "compile", "other", "ours")
 BASELINES = ("eager", "compile")
+NOISY = 0.5  # a time that varies by more than half of itself is no measurement, whatever the gain
 SLOW_MS = 2000.0  # a round that takes longer needs no second warm-up
 # Caps on the relative error against float64: what rounding of that dtype may cost over a few thousand additions.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "int32": 0.0}
@@ -275,8 +276,9 @@ def _ratio(row: Row, base: Row | None, label: str) -> float | None:
     ratio = base.p50_ms / row.p50_ms
     gain = max(ratio, 1 / ratio) - 1
     noise = max(row.spread or 0.0, base.spread or 0.0)
-    if noise >= gain:
-        row.note = _join(row.note, f"no ratio vs {label}: spread {noise:.0%} exceeds the difference {gain:.0%}")
+    if noise >= gain or noise > NOISY:
+        limit = f"the difference {gain:.0%}" if noise >= gain else f"{NOISY:.0%}"
+        row.note = _join(row.note, f"no ratio vs {label}: spread {noise:.0%} exceeds {limit}")
         return None
     return ratio
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def environment(device: str, *, seed: int | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "native": native.instruction_set(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -167,48 +169,47 @@ class Ceilings:
         return [*copies, *products]
 
 
-def measure_ceilings(device: str, *, quick: bool = False, repeats: int = 5) -> Ceilings:
-    """Time copies of growing size and one large matrix product a dtype, on random data (zeros run faster)."""
+def measure_ceilings(device: str, *, quick: bool = False, seconds: float = 0.3) -> Ceilings:
+    """Time copies of growing size and one large matrix product a dtype, on random data (zeros run faster).
+
+    ``seconds`` go to each of them.
+    """
     if device == "cuda":
         sizes, order, dtypes = [2**26, 2**30], 8192, ["fp32", "bf16", "fp16"]
     else:
         sizes, order, dtypes = [2**20, 2**22, 2**24, 2**26, 2**28], 1024, ["fp32", "bf16"]
     if quick:
-        sizes, order = sizes[:3], order // 4
+        sizes, order, seconds = sizes[:3], order // 4, 0.02
     copies = []
     for size in sizes:
         source = torch.randn(size // 8, device=device)
         target = torch.empty_like(source)
-        seconds = _best(lambda a=target, b=source: a.copy_(b), device, repeats)  # type: ignore[misc]
-        copies.append((size, size / seconds / 1e9))
+        best = _best(partial(target.copy_, source), device, seconds)
+        copies.append((size, size / best / 1e9))
     products = {}
     for dtype in dtypes:
         a = torch.randn(order, order, device=device).to(DTYPES[dtype])
         b = torch.randn(order, order, device=device).to(DTYPES[dtype])
-        c = torch.empty_like(a)
-        seconds = _best(lambda x=a, y=b, z=c: torch.mm(x, y, out=z), device, repeats)  # type: ignore[misc]
-        products[dtype] = 2 * order**3 / seconds / 1e12
+        best = _best(partial(torch.mm, a, b, out=torch.empty_like(a)), device, seconds)
+        products[dtype] = 2 * order**3 / best / 1e12
     return Ceilings(device, tuple(copies), products)
 
 
-def _best(function: Callable[[], Any], device: str, repeats: int) -> float:
-    """Seconds of one call: the best of ``repeats`` averages, because a ceiling is what can be reached."""
-    function()
-    _wait(device)
-    once = time.perf_counter()
-    function()
-    _wait(device)
-    calls = max(1, min(1000, int(0.02 / max(time.perf_counter() - once, 1e-7))))
-    averages = []
-    for _ in range(repeats):
+def _best(function: Callable[[], Any], device: str, seconds: float) -> float:
+    """Seconds of one call: the best millisecond's average, because a ceiling is what can be reached."""
+
+    def average(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        _wait(device)
-        averages.append((time.perf_counter() - start) / calls)
-    return min(averages)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
 
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    average(2)
+    calls = max(1, min(1000, int((1e-2 if device == "cuda" else 1e-3) / max(average(1), 1e-7))))
+    end = time.perf_counter() + seconds
+    best = average(calls)
+    while time.perf_counter() < end:
+        best = min(best, average(calls))
+    return best

@@ -243,7 +243,15 @@ def draw(results: Results, path: Path) -> None:
             if value is not None:
                 axes.barh(y, value, height * 0.92, color=colours[provider])
             label = ratio(row, "eager")
-            axes.annotate(label, (value or 0, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
+            axes.annotate(
+                label,
+                (value or 0, y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(groups)), [f"{case[0].name}\n{case[0].mode}" for case in groups], fontsize=8)
     axes.invert_yaxis()

@@ -137,6 +137,12 @@ def test_refuses_when_the_spread_exceeds_the_gain() -> None:
     assert ours.ratio_vs_compile == 3.0
 
 
+def test_refuses_any_ratio_of_a_time_that_varies_by_more_than_half() -> None:
+    ours = rows_of([EAGER, COMPILE, OURS], {**STEADY, "eager": [10.0, 60.0, 100.0, 140.0, 200.0]})["ours"]
+    assert ours.ratio_vs_eager is None and "spread 102% exceeds 50%" in ours.note  # p20 50, p50 100, p80 152
+    assert ours.ratio_vs_compile == 3.0
+
+
 def test_disagreement_between_repeats_is_spread() -> None:
     assert timing.spread([[1.0] * 9, [1.5] * 9]) >= 0.4
 
