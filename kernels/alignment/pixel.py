@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cohobate.kernels import tuning
 from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
@@ -348,6 +349,7 @@ class _PixelLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (error,) = ctx.saved_tensors
         scaled = _scale_op(error, grad, 2 / max(error.numel(), 1), ctx.impl)

@@ -194,6 +194,15 @@ def test_backward_twice_gives_the_same(backend: str) -> None:
     assert torch.equal(first, second)  # the saved error was not scaled in place
 
 
+@pytest.mark.skipif(bool(native.why_not()), reason="native library not built")
+def test_a_second_derivative_is_refused() -> None:
+    prediction = torch.randn(2, 4, 48, requires_grad=True)
+    loss = pixel_loss(prediction, make_pixels((2, 1, 8, 8, 3)), None, patch=(1, 4, 4), mean=MEAN, std=STD)
+    (grad,) = torch.autograd.grad(loss.square(), prediction, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_a_gradient_that_fp16_could_not_store_unscaled() -> None:
     # 2 / (B n K) is below fp16's smallest number; a loss scale of 2^16 arrives only with the incoming gradient.
     pixels = make_pixels((64, 1, 64, 64, 3))
@@ -204,7 +213,7 @@ def test_a_gradient_that_fp16_could_not_store_unscaled() -> None:
     assert (grad.float() - exact).norm() <= 2e-3 * exact.norm()
 
 
-@pytest.mark.filterwarnings("ignore:var.. degrees of freedom")
+@pytest.mark.filterwarnings("ignore:var.*degrees of freedom")
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize(("batch", "count"), [(0, None), (0, 2), (2, 0)])
 def test_empty_is_a_mean_of_nothing(backend: str, batch: int, count: int | None) -> None:
