@@ -67,6 +67,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks, console: Console, stop: StopRequest) -> None:
         self.config, self.ranks, self.console, self.stop = config, ranks, console, stop
         self.folder = Path(config.run)
+        self.begin = time.perf_counter()
         self.clock = Clock(ranks.device)
         self.meter = Meter()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, ranks)
@@ -99,12 +100,13 @@ class Run:
         if done.get("finished"):
             self.console.say(f"{self.folder} is finished; give another run=... to train again")
             return
+        self.feed.open(done["step"] * self.config.optimizer.accumulate)
+        self._say_what_comes()
         if self.point is None:
             self._evaluate_untrained()
         else:
             self.console.say(f"resumed from {self.point} after update {done['step']}")
         self._note_time("0 start")
-        self.feed.open(done["step"] * self.config.optimizer.accumulate)
         before: Stage | None = None
         for index in range(done["stage"], len(self.config.stages)):
             stage = self.manager.enter(index, before)
@@ -112,6 +114,23 @@ class Run:
                 self._restore(stage, self.point)
             before = self._train_stage(stage)
         self.checkpoints.finish()
+        self.console.say(f"finished in {duration(time.perf_counter() - self.begin)}")
+
+    def _say_what_comes(self) -> None:
+        data, ranks = self.config.data, self.ranks.world
+        images = data.batch_size * self.config.optimizer.accumulate * ranks
+        where = str(self.ranks.device) + (f", {ranks} ranks" if self.ranks.many else "")
+        self.console.say(
+            f"{self.folder}: {len(self.feed.train)} images, {images} an update, "
+            f"{self.manager.updates_per_epoch} updates an epoch, on {where}, loader {self.feed.loader.name}"
+        )
+        for index, stage in enumerate(self.config.stages):
+            schedule = self.manager.schedule(index)
+            source = "" if stage.method == "mae" else f", teacher {stage.teacher.source}"
+            self.console.say(
+                f"stage {index + 1} {stage.name}: {stage.method}{source}, {schedule.steps} updates, "
+                f"peak rate {schedule.peak:.2e}"
+            )
 
     def _train_stage(self, stage: Stage) -> Stage:
         if self.progress["stage"] != stage.index:

@@ -94,13 +94,23 @@ class StageManager:
         self.updates_per_epoch = updates_per_epoch
         self.steps = stage_steps(config, updates_per_epoch)
         for index in range(len(self.steps)):
-            self._schedule(
-                configuration.for_stage(config, index), index
-            )  # a schedule that cannot be fails before stage 1
+            self.schedule(index)  # one that cannot be fails before the first stage is trained
 
     def export_folder(self, index: int) -> Path:
         """Where stage ``index`` is exported to."""
         return self.folder / "exports" / f"{index + 1}-{self.config.stages[index].name}"
+
+    def schedule(self, index: int) -> Schedule:
+        """Learning rates of stage ``index``.
+
+        Raises:
+            UserError: a warm-up longer than the stage, or rates out of order.
+        """
+        config = configuration.for_stage(self.config, index)
+        optimizer = config.optimizer
+        peak = peak_rate(optimizer.lr, optimizer.blr, config.data.batch_size * optimizer.accumulate * self.ranks.world)
+        warmup = optimizer.warmup_epochs * self.updates_per_epoch
+        return Schedule(self.steps[index], warmup, peak, optimizer.min_lr)
 
     def initial_student(self, index: int) -> VisionTransformer:
         """The student of stage ``index`` before its first update, on the CPU.
@@ -151,8 +161,7 @@ class StageManager:
         )
         if self.config.compat.keep_optimizer and before is not None:
             _carry_moments(before, method, updater)
-        schedule = self._schedule(config, index)
-        return Stage(index, config, stage.name, self.steps[index], method, module, updater, schedule)
+        return Stage(index, config, stage.name, self.steps[index], method, module, updater, self.schedule(index))
 
     def leave(self, stage: Stage, step: int) -> Path:
         """Export the student and its decoder; returns the folder, complete on every rank."""
@@ -170,13 +179,6 @@ class StageManager:
         """Seeded the same on every rank, or not where that defect is asked for."""
         rank = [self.ranks.rank] if self._unsynchronised(index) else []
         return torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, index, *rank))
-
-    def _schedule(self, config: Config, index: int) -> Schedule:
-        optimizer, data = config.optimizer, config.data
-        images = data.batch_size * optimizer.accumulate * self.ranks.world
-        peak = peak_rate(optimizer.lr, optimizer.blr, images)
-        warmup = optimizer.warmup_epochs * self.updates_per_epoch
-        return Schedule(self.steps[index], warmup, peak, optimizer.min_lr)
 
     def _teacher(self, index: int, student: VisionTransformer, config: Config) -> FrozenTeacher:
         settings = config.stages[index].teacher

@@ -162,4 +162,4 @@ def test_the_rate_follows_batch_accumulation_and_ranks(tiny: Any) -> None:
     stage = manager(tiny.config("a", *words), Ranks(0, 1, torch.device("cpu"))).enter(0)
     assert stage.schedule.peak == pytest.approx(1e-3 * 16 * 2 / 256)
     four = manager(tiny.config("a", *words), Ranks(0, 4, torch.device("cpu")))
-    assert four._schedule(four.config, 0).peak == pytest.approx(1e-3 * 16 * 2 * 4 / 256)
+    assert four.schedule(0).peak == pytest.approx(1e-3 * 16 * 2 * 4 / 256)
