@@ -40,7 +40,7 @@ class Console:
             from rich.console import Console as Rich
 
             self._rich = Rich(stderr=True, highlight=False)
-            self._status = self._rich.status("starting")
+            self._status = self._rich.status("starting", refresh_per_second=4)
             self._status.start()
         return self
 
@@ -55,7 +55,7 @@ class Console:
         if not self._enabled:
             return
         if self._rich is not None:
-            self._rich.print(text, markup=False)
+            self._rich.print(text, markup=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
