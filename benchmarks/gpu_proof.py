@@ -51,9 +51,9 @@ def parts(folder: Path) -> list[Part]:
     kernels = (python, "-m", "cohobate.benchmarks.kernels", "--device", "cuda", "--seconds", "0.4")
     step = (python, "-m", "cohobate.benchmarks.step", "--device", "cuda")
     return [
-        Part("tests", (*tests, "tests"), 240, missing_pytest),
-        Part("kernels", (*kernels, "--batch", "256", "--json", str(folder / "kernels.jsonl")), 150),
-        Part("step", (*step, "--json", str(folder / "step.jsonl")), 180, missing_step),
+        Part("tests", (*tests, "tests"), 300, missing_pytest),
+        Part("kernels", (*kernels, "--batch", "256", "--json", str(folder / "kernels.jsonl")), 120),
+        Part("step", (*step, "--json", str(folder / "step.jsonl")), 150, missing_step),
         Part(
             "kernels of a small batch",
             (*kernels, "--batch", "32", "--json", str(folder / "kernels_small.jsonl")),

@@ -31,6 +31,7 @@ from cohobate.kernels import Cost
 
 ROLES = ("eager", "compile", "other", "ours")
 BASELINES = ("eager", "compile")
+HALF = ("bf16", "fp16")
 NOISY = 0.5  # a time that varies by more than half of itself is no measurement, whatever the gain
 SLOW_MS = 2000.0  # a round that takes longer needs no second warm-up
 # Caps on the relative error against float64: what rounding of that dtype may cost over a few thousand additions.
@@ -255,7 +256,9 @@ def judge(rows: Sequence[Row], baselines: Sequence[str] = BASELINES) -> None:
         row.ratio_vs_eager = _ratio(row, _find(rows, "eager"), "eager")
         if row.role == "ours":
             row.ratio_vs_compile = _ratio(row, _find(rows, "compile"), "compile")
-            others = [r for r in rows if r.role != "ours" and r.p50_ms is not None and r.agrees]
+            exact = row.dtype not in HALF  # then a half-precision baseline does not do the same work
+            others = [r for r in rows if r.role != "ours" and r.agrees and not (exact and r.dtype in HALF)]
+            others = [r for r in others if r.p50_ms is not None]
             if others:
                 best = min(others, key=lambda r: r.p50_ms or math.inf)
                 row.best_other = best.provider

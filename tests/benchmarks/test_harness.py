@@ -86,6 +86,14 @@ def test_the_best_other_may_be_neither_baseline() -> None:
     assert ours.best_other == "third" and ours.ratio_vs_best_other == 1.5 and ours.ratio_vs_compile == 3.0
 
 
+def test_a_half_precision_baseline_is_the_best_other_only_of_half_precision() -> None:
+    half = provider("half", "other", dtype="bf16")
+    times = {**STEADY, "half": [1.0], "ours bf16": [0.5]}
+    rows = rows_of([EAGER, COMPILE, half, OURS, provider("ours bf16", "ours", dtype="bf16")], times)
+    assert rows["ours"].best_other == "compile" and rows["ours"].ratio_vs_best_other == 3.0
+    assert rows["ours bf16"].best_other == "half" and rows["ours bf16"].ratio_vs_best_other == 2.0
+
+
 @pytest.mark.parametrize(
     ("wrong", "figure"),
     [({"out": ANSWER + 1e-3}, "output"), ({"gradient": -GRADIENT}, "gradient")],
