@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cohobate.kernels import tuning
+from cohobate.kernels.memory import recycled
 from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
 from cohobate.kernels.tokens.gather import (
     AOT_DTYPES,
@@ -289,7 +290,8 @@ def _loss_native(
     eps: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    loss, error = _empty(prediction, gradient)
+    loss = prediction.new_empty((), dtype=torch.float32)
+    error = recycled(prediction.shape if gradient else (0,), prediction.dtype)
     if not prediction.numel():
         return loss.fill_(math.nan), error
     check_rows(rows, token_count(pixels, patch))
@@ -301,7 +303,7 @@ def _loss_native(
 
 
 def _scale_native(error: Tensor, grad: Tensor, factor: float) -> Tensor:
-    out = torch.empty_like(error)
+    out = recycled(error.shape, error.dtype)
     torch.ops.cohobate_native.pixel_scale(error, grad, factor, out)
     return out
 

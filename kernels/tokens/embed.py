@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cohobate.kernels import tuning
+from cohobate.kernels.memory import recycled
 from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
 from cohobate.kernels.tokens.gather import (
     AOT_DTYPES,
@@ -272,7 +273,7 @@ def _embed_triton(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    out = _empty(pixels, rows, weight, patch, dtype)
+    out = pixels.new_empty(_shape(pixels, rows, weight, patch), dtype=dtype)
     batch, count, depth = out.shape
     if not out.numel():
         return out
@@ -445,7 +446,7 @@ def _embed_native(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    out = _empty(pixels, rows, weight, patch, dtype)
+    out = recycled(_shape(pixels, rows, weight, patch), dtype)
     patches = gather_native(pixels, rows, patch, mean, std, dtype)
     if out.numel():
         # Written with out=, which autocast leaves alone.
@@ -492,9 +493,9 @@ def _backward_native(
 # ---------------------------------------------------------------------------------------------------- registration
 
 
-def _empty(pixels: Tensor, rows: Tensor | None, weight: Tensor, patch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    count = token_count(pixels, patch) if rows is None else rows.shape[1]
-    return pixels.new_empty(pixels.shape[0], count, weight.shape[0], dtype=dtype)
+def _shape(pixels: Tensor, rows: Tensor | None, weight: Tensor, patch: Sequence[int]) -> tuple[int, int, int]:
+    """[B, n, D] of the result."""
+    return pixels.shape[0], token_count(pixels, patch) if rows is None else rows.shape[1], weight.shape[0]
 
 
 def _empty_grads(
@@ -514,8 +515,8 @@ register(Op("embed_patches_backward", ("reference", "native", "triton"), embed_p
 _embed_op = define(
     "embed_patches(Tensor pixels, Tensor? rows, Tensor weight, Tensor? bias, Tensor? positions, int[] patch, "
     "float[] mean, float[] std, ScalarType dtype, str impl) -> Tensor",
-    fake=lambda pixels, rows, weight, bias, positions, patch, mean, std, dtype: _empty(
-        pixels, rows, weight, patch, dtype
+    fake=lambda pixels, rows, weight, bias, positions, patch, mean, std, dtype: pixels.new_empty(
+        _shape(pixels, rows, weight, patch), dtype=dtype
     ),
     native=_embed_native,
     triton=_embed_triton,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from cohobate.kernels import tuning
+from cohobate.kernels.memory import recycled
 from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
 from cohobate.kernels.triton_support import architecture, jit, tl, triton
 
@@ -207,7 +208,7 @@ def _gather_triton(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    out, (pt, ph, pw) = _empty(pixels, rows, patch, dtype), patch
+    out, (pt, ph, pw) = pixels.new_empty(_shape(pixels, rows, patch), dtype=dtype), patch
     batch, count, width = out.shape
     if out.numel():
         affine = channel_affine(tuple(mean), tuple(std), pixels.device)
@@ -256,7 +257,7 @@ def gather_native(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    out, (pt, ph, pw) = _empty(pixels, rows, patch, dtype), patch
+    out, (pt, ph, pw) = recycled(_shape(pixels, rows, patch), dtype), patch
     check_rows(rows, token_count(pixels, patch))
     if out.numel():
         affine = channel_affine(tuple(mean), tuple(std), pixels.device)
@@ -272,9 +273,10 @@ def token_count(pixels: Tensor, patch: Sequence[int]) -> int:
     return (pixels.shape[1] // patch[0]) * (pixels.shape[2] // patch[1]) * (pixels.shape[3] // patch[2])
 
 
-def _empty(pixels: Tensor, rows: Tensor | None, patch: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _shape(pixels: Tensor, rows: Tensor | None, patch: Sequence[int]) -> tuple[int, int, int]:
+    """[B, n, pt*ph*pw*C] of the result."""
     count = token_count(pixels, patch) if rows is None else rows.shape[1]
-    return pixels.new_empty(pixels.shape[0], count, math.prod(patch) * pixels.shape[4], dtype=dtype)
+    return pixels.shape[0], count, math.prod(patch) * pixels.shape[4]
 
 
 register(
@@ -289,7 +291,7 @@ register(
 _gather_op = define(
     "gather_patches(Tensor pixels, Tensor? rows, int[] patch, float[] mean, float[] std, ScalarType dtype, str impl) "
     "-> Tensor",
-    fake=lambda pixels, rows, patch, mean, std, dtype: _empty(pixels, rows, patch, dtype),
+    fake=lambda pixels, rows, patch, mean, std, dtype: pixels.new_empty(_shape(pixels, rows, patch), dtype=dtype),
     native=gather_native,
     triton=_gather_triton,
 )
