@@ -127,10 +127,11 @@ def render(
         interpolation: "bilinear" or "bicubic" (Keys' kernel with a = -0.5).
 
     Returns:
-        uint8 [height, width, C], a view.
+        uint8 [height, width, C].
     """
     top, left, height, width = box
-    part = torch.from_numpy(image)[top : top + height, left : left + width]
+    # Contiguous [H, W, C] seen as channels-last [C, H, W]: torch's fastest path, and the result has the same layout.
+    part = torch.from_numpy(np.ascontiguousarray(image[top : top + height, left : left + width]))
     if (height, width) != size:
         planes = part.permute(2, 0, 1).unsqueeze(0)
         planes = torch.nn.functional.interpolate(planes, size=size, mode=interpolation, antialias=True)

@@ -130,10 +130,10 @@ class Reader:
                 faults.append((int(ids[0]), error.reason))
         return planned, None
 
-    def rows(self, step: int) -> Rows:
-        """A whole step, decoded here and now."""
+    def rows(self, step: int, into: Tensor | None = None) -> Rows:
+        """A whole step, decoded here and now, into a uint8 tensor of ``shape`` if one is given."""
         task = self.task(step)
-        pixels = torch.empty(self.shape, dtype=torch.uint8)
+        pixels = torch.empty(self.shape, dtype=torch.uint8) if into is None else into
         ids, valid = task.ids.copy(), task.valid.copy()
         faults: list[tuple[int, str]] = []
         for row in range(self.batch_size):

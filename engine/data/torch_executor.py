@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cohobate.data.reading import Reader, Rows
 
@@ -23,22 +25,36 @@ _AHEAD_BYTES = 64 << 20  # small batches are fetched further ahead than large on
 
 
 class _Steps(Dataset[Rows]):
-    """``dataset[step]`` is a whole batch, so a worker's message is one tensor, and order is the plan's."""
+    """``dataset[step]`` is a whole batch, so a worker's message is one tensor, and order is the plan's.
 
-    def __init__(self, reader: Reader, shared: bool) -> None:
-        self.reader, self.shared = reader, shared
+    ``slots``: uint8 [workers, n, B, H, W, C] in shared memory. A worker fills its own in turns: fresh shared memory for
+    every batch would cost more than resizing does, for the kernel clears it page by page.
+    """
+
+    def __init__(self, reader: Reader, slots: Tensor | None) -> None:
+        self.reader, self.slots, self.made = reader, slots, 0
 
     def __getitem__(self, step: int) -> Rows:
-        rows = self.reader.rows(step)
-        if not self.shared:
-            rows.pixels = np.asarray(rows.pixels)  # arrays travel through the pipe, tensors through shared memory
-        return rows
+        if self.slots is None:
+            rows = self.reader.rows(step)
+            rows.pixels = np.asarray(rows.pixels)  # an array travels through the pipe
+            return rows
+        info = get_worker_info()
+        mine = self.slots[0 if info is None else info.id]
+        self.made += 1
+        return self.reader.rows(step, into=mine[self.made % len(mine)])
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the whole process group must not take the workers away from a parent that still wants to save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started here never get SIGTERM or SIGINT: a signal to the whole process group must not take the
+    workers away from a parent that still wants to save. They end when the parent does.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _same(rows: Any) -> Any:
@@ -57,27 +73,33 @@ class TorchExecutor:
 
     def __init__(self, reader: Reader, *, start: int, stop: int | None, workers: int, pin: bool) -> None:
         self._loader: DataLoader[Rows] | None = None
-        self._steps: Any = itertools.count(start) if stop is None else range(start, stop)
-        size = math.prod(reader.shape)
+        steps: Any = itertools.count(start) if stop is None else range(start, stop)
         if workers == 0:
-            self._rows: Iterator[Rows] = (reader.rows(step) for step in self._steps)
+            self._rows: Iterator[Rows] = (reader.rows(step) for step in steps)
             return
+        size = math.prod(reader.shape)
         ahead = max(2, min(8, _AHEAD_BYTES // (size * workers)))
-        shared = _room(size * (workers * ahead + 2))
-        if not shared:
-            log.warning("%s is too small for %d batches ahead: they are copied through pipes", _SHARED, workers * ahead)
+        # At most `ahead` batches of a worker are on their way or waiting; one more is being copied out of its slot when
+        # the DataLoader asks for the next.
+        count = ahead + 2
+        slots = None
+        if _room(size * workers * count):
+            slots = torch.empty((workers, count, *reader.shape), dtype=torch.uint8).share_memory_()
+        else:
+            log.warning("%s is too small for %d batches: they are copied through pipes", _SHARED, workers * count)
+        self._slots, self._copied = slots, pin
         self._loader = DataLoader(
-            _Steps(reader, shared),
+            _Steps(reader, slots),
             batch_size=None,
-            sampler=self._steps,
+            sampler=steps,
             num_workers=workers,
             prefetch_factor=ahead,
             collate_fn=_same,
-            generator=torch.Generator(),  # otherwise it draws from the global one, and a resumed run would differ
             pin_memory=pin,
-            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # otherwise it draws from the global one, and a resumed run would differ
         )
-        self._rows = iter(self._loader)
+        with _signals_held_back():
+            self._rows = iter(self._loader)
 
     def __iter__(self) -> Iterator[Rows]:
         return self
@@ -85,6 +107,8 @@ class TorchExecutor:
     def __next__(self) -> Rows:
         rows = next(self._rows)
         rows.pixels = torch.as_tensor(rows.pixels)
+        if self._loader is not None and self._slots is not None and not self._copied:
+            rows.pixels = rows.pixels.clone()  # out of its slot, which will be filled again
         return rows
 
     def close(self) -> None:

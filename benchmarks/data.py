@@ -1,0 +1,352 @@
+"""Images a second from JPEG files to a batch in memory: our loaders beside a plain Pillow DataLoader.
+
+Every loader is a process of its own with the same number of workers. One runs at a time: the others are stopped by
+signals, and slices of a second or two are given out in turns, so that a slow minute of the machine hits all of them.
+The first part of a slice is not counted, for stopped workers wake up with full queues. A ratio is the median of the
+ratios within a round. That all loaders make the same picture of the same crop is checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import math
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cohobate import data
+from cohobate.benchmarks import command, harness, timing
+from cohobate.errors import UserError
+
+LOADERS = ("pillow", "torch", "dali-cpu")
+_WARM_S = 0.5  # of every slice, not counted
+_TOLERANCE = 0.01  # mean difference of pixels over their mean: about one level, which rounding twice explains
+
+
+@dataclass(frozen=True)
+class Case:
+    """Files and what is asked of them."""
+
+    name: str
+    batch_size: int
+    size: int
+
+    @property
+    def shape(self) -> str:
+        """As it is printed."""
+        return f"{self.batch_size} images -> {self.size} px"
+
+
+CASES = {
+    "photos": Case("data.photos", 64, 224),  # 500 x 375, quality 90: about an ImageNet file
+    "tiny": Case("data.tiny", 128, 32),  # the generated set of the demo, 40 x 40
+}
+
+
+# -- the baseline: how one writes it ----------------------------------------------------------------------------------
+
+
+def pillow_sample(path: str, box: tuple[int, int, int, int], flip: bool, size: int) -> NDArray[np.uint8]:
+    """Decode, crop, resize, mirror with Pillow: uint8 [size, size, 3]."""
+    top, left, height, width = box
+    with Image.open(path) as file:
+        image = file.convert("RGB").crop((left, top, left + width, top + height))
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image)
+
+
+class PillowImages(Dataset[Tensor]):
+    """A map-style data set with random crops, as in countless training scripts."""
+
+    def __init__(self, paths: Sequence[str], size: int) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as file:
+            width, height = file.size
+        box = random_box(height, width)
+        return torch.from_numpy(pillow_sample(self.paths[index], box, random.random() < 0.5, self.size))
+
+
+def random_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop, scale 0.2 to 1, with the cheapest random numbers there are."""
+    for _ in range(10):
+        area = height * width * random.uniform(0.2, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, height - h), random.randint(0, width - w), h, w
+    return 0, 0, height, width
+
+
+def pillow_batches(paths: Sequence[str], case: Case, workers: int) -> Iterator[Tensor]:
+    """Endless batches of the baseline."""
+    loader = DataLoader(
+        PillowImages(paths, case.size),
+        batch_size=case.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
+    while True:
+        yield from loader
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def make_photos(folder: Path, count: int, seed: int) -> Path:
+    """JPEG files of 500 x 375, quality 90, about 50 KB: smooth random pictures with grain."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        total: NDArray[np.float32] = np.zeros((375, 500, 3), dtype=np.float32)
+        for cells, share in ((4, 0.45), (16, 0.3), (64, 0.25)):
+            coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            total += np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32) * share
+        total += rng.normal(0, 5, (375, 500, 1))
+        buffer = io.BytesIO()
+        Image.fromarray(np.clip(total, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        (folder / f"{index:05d}.jpg").write_bytes(buffer.getvalue())
+    return folder
+
+
+def plan_for(manifest: data.Manifest, case: Case) -> data.SamplePlan:
+    """Crops of scale 0.2 to 1, bilinear, flipped half of the time."""
+    return data.SamplePlan(len(manifest), seed=0, image_size=case.size, interpolation="bilinear")
+
+
+def difference(manifest: data.Manifest, case: Case, name: str) -> float:
+    """Mean difference to Pillow over the mean, of one batch with the plan's crops."""
+    plan = plan_for(manifest, case)
+    with data.open_loader(manifest, plan, batch_size=case.batch_size, loader=name, workers=1) as loader:
+        batch = next(loader)
+    ids = batch.sample_ids.numpy()
+    boxes, flips = plan.crops(0, ids, manifest.heights[ids], manifest.widths[ids])
+    total = error = 0.0
+    for row, sample in enumerate(ids.tolist()):
+        top, left, height, width = boxes[row].tolist()
+        expected = pillow_sample(manifest.paths[sample], (top, left, height, width), bool(flips[row]), case.size)
+        error += float(np.abs(batch.pixels[row, 0].numpy().astype(int) - expected).mean())
+        total += float(expected.mean())
+    return error / total
+
+
+class Runner:
+    """One loader in a process group of its own that can be stopped and resumed."""
+
+    def __init__(self, name: str, source: Path, case: Case, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.count: Any = context.RawValue("q", 0)
+        self.process = context.Process(target=_consume, args=(name, source, case, workers, self.count))
+        self.process.start()
+
+    def wait(self, timeout_s: float = 120) -> None:
+        """Until it has made its first batches; then stop it.
+
+        Raises:
+            UserError: it ended, or made nothing in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.count.value == 0:
+            if not self.process.is_alive() or time.monotonic() > deadline:
+                raise UserError(f"loaders: {self.name} made no batch (its error is above)")
+            time.sleep(0.05)
+        self._signal(signal.SIGSTOP)
+
+    def slice(self, seconds: float) -> float:
+        """Run for so long; milliseconds an image."""
+        self._signal(signal.SIGCONT)
+        time.sleep(_WARM_S)
+        count, began = self.count.value, time.perf_counter()
+        time.sleep(seconds)
+        done, took = self.count.value - count, time.perf_counter() - began
+        self._signal(signal.SIGSTOP)
+        return took * 1e3 / max(done, 1)
+
+    def memory_mb(self) -> float | None:
+        """Memory of the whole group, shared pages divided among those who share them."""
+        total = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                if int(stat.read_text().rpartition(")")[2].split()[2]) == self.process.pid:
+                    rollup = (stat.parent / "smaps_rollup").read_text()
+                    total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        return total / 1024 if total else None
+
+    def close(self) -> None:
+        """End the group."""
+        self._signal(signal.SIGKILL)
+        self.process.join(10)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid or 0, number)
+
+
+def _consume(name: str, source: Path, case: Case, workers: int, count: Any) -> None:
+    """The child: take batches for ever and count images."""
+    os.setsid()
+    torch.set_num_threads(1)
+    manifest = data.build_manifest(source)
+    batches: Iterator[Any]
+    if name == "pillow":
+        batches = pillow_batches(list(manifest.paths), case, workers)
+    else:
+        options: dict[str, Any] = {"batch_size": case.batch_size, "loader": name, "workers": workers}
+        batches = iter(data.open_loader(manifest, plan_for(manifest, case), **options))
+    for _ in batches:
+        count.value += case.batch_size
+
+
+def measure(
+    case: Case,
+    source: Path,
+    *,
+    loaders: Sequence[str] = LOADERS,
+    workers: int = 2,
+    seconds: float = 1.5,
+    rounds: int = 9,
+    environment: Mapping[str, Any] | None = None,
+) -> list[harness.Row]:
+    """One row a loader; times are milliseconds an image."""
+    manifest = data.build_manifest(source)
+    rows = []
+    for name in loaders:
+        role = "eager" if name == "pillow" else "ours" if name == "torch" else "other"
+        row = harness.Row(case.name, name, role, f"{workers} workers", "cpu", "uint8", case.shape)
+        row.env, row.tolerance = dict(environment or {}), _TOLERANCE
+        row.max_rel_err = 0.0 if name == "pillow" else difference(manifest, case, name)
+        rows.append(row)
+    runners: list[Runner] = []
+    times: list[list[float]] = [[] for _ in loaders]
+    try:
+        for name in loaders:
+            runners.append(Runner(name, source, case, workers))
+            runners[-1].wait()
+        order = list(range(len(runners)))
+        for turn in range(rounds + 1):
+            for index in order if turn % 2 else reversed(order):
+                took = runners[index].slice(seconds)
+                if turn:  # the first round warms caches
+                    times[index].append(took)
+        for row, runner in zip(rows, runners):
+            row.peak_mb = runner.memory_mb()
+    finally:
+        for runner in runners:
+            runner.close()
+    for row, own in zip(rows, times):
+        row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(own, q) for q in (0.2, 0.5, 0.8))
+        row.spread, row.samples = timing.spread([own]), len(own)
+        row.note = f"ms an image; {1e3 / row.p50_ms:.0f} images/s"
+    base = next((index for index, row in enumerate(rows) if row.role == "eager"), None)
+    for row, own in zip(rows, times):
+        if base is None or row.role == "eager" or not row.agrees:
+            continue
+        ratios = [slow / fast for slow, fast in zip(times[base], own)]
+        low, middle, high = (timing.quantile(ratios, q) for q in (0.2, 0.5, 0.8))
+        if low > 1 or high < 1:
+            row.ratio_vs_eager = middle
+        row.note += f"; ratio to pillow within a round {low:.2f} to {high:.2f} (p20, p80), median {middle:.2f}"
+    return rows
+
+
+def run(
+    *,
+    cases: Sequence[str] = tuple(CASES),
+    loaders: Sequence[str] = LOADERS,
+    workers: int = 2,
+    seconds: float = 1.5,
+    rounds: int = 9,
+    photos: int = 400,
+    seed: int = 0,
+    environment: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Make the files in a temporary folder, measure, and return the rows as dictionaries.
+
+    Args:
+        seconds: of a slice. rounds: slices of each loader.
+
+    Raises:
+        UserError: an unknown case or loader, or one that cannot work here.
+    """
+    for name, values, known in (("cases", cases, tuple(CASES)), ("loaders", loaders, LOADERS)):
+        for value in values:
+            if value not in known:
+                raise UserError(f"{name}: expected some of {', '.join(known)}; got {value!r}")
+    rows: list[harness.Row] = []
+    with tempfile.TemporaryDirectory(prefix="cohobate-bench-") as folder:
+        for name in cases:
+            if name == "photos":
+                source = make_photos(Path(folder) / name, photos, seed)
+            else:
+                source = data.make_images(Path(folder) / name, train=2048, test=64, seed=seed) / "train.txt"
+            rows += measure(
+                CASES[name],
+                source,
+                loaders=loaders,
+                workers=workers,
+                seconds=seconds,
+                rounds=rounds,
+                environment=environment,
+            )
+    return [dataclasses.asdict(row) for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; exit code 0, 1 (slower than stored rows) or 2 (a mistake in the call)."""
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(prog="cohobate bench data", description=__doc__)
+    command.add_options(parser)
+    parser.add_argument("--cases", default=",".join(CASES), help="some of %(default)s")
+    parser.add_argument("--loaders", default=None, help=f"some of {', '.join(LOADERS)} (default: all that work here)")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads of each loader (default: 2)")
+    parser.add_argument("--rounds", type=int, default=9, help="slices of each loader (default: 9)")
+    args = parser.parse_args(argv)
+    if args.workers < 1 or args.rounds < 2:
+        raise UserError(f"--workers, --rounds: expected at least 1 and 2, got {args.workers} and {args.rounds}")
+    reasons = data.why_not_loaders()
+    loaders = args.loaders.split(",") if args.loaders else [name for name in LOADERS if not reasons.get(name)]
+    setting = command.prepare(args)
+    rows = run(
+        cases=args.cases.split(","),
+        loaders=loaders,
+        workers=args.workers,
+        seconds=0.3 if args.quick else args.seconds or 1.5,
+        rounds=2 if args.quick else args.rounds,
+        photos=100 if args.quick else 400,
+        seed=args.seed,
+        environment=setting.environment,
+    )
+    return command.finish(args, setting, [harness.Row(**row) for row in rows])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
