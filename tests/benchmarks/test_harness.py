@@ -261,13 +261,14 @@ def test_a_very_short_call_is_repeated_inside_a_sample() -> None:
 @pytest.mark.skipif(not timing.CLEAR_REFS.exists(), reason="needs Linux's /proc")
 def test_peak_memory_of_a_known_allocation() -> None:
     def function() -> torch.Tensor:
-        first = torch.zeros(2**22)  # 16 MB
-        second = first + 1  # 32 MB held
+        first = torch.zeros(2**24)  # 64 MB
+        second = first + 1  # 128 MB held
         del first
         return second.sum()
 
     peak = timing.peak_memory_mb(Provider("x", "fwd", function), "cpu")
-    assert peak is not None and 32.0 <= peak < 33.0  # whatever else the process touches meanwhile is small
+    # The kernel counts pages in batches a thread, and a first call may load a library: a few MB either way.
+    assert peak is not None and 124 < peak < 140
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
