@@ -53,7 +53,7 @@ def table(rows: Iterable[Row], label: str = "texture") -> str:
     ]
     for (recipe, index, name), found in values.items():
         cells = [_spread(found[column]) for column in COLUMNS]
-        lines.append(f"| {recipe} | {index} {name} | {' | '.join(cells)} | {len(found[COLUMNS[0]])} |")
+        lines.append(f"| {recipe} | {index} {name} | {' | '.join(cells)} | {max(map(len, found.values()))} |")
     return "\n".join(lines) + "\n"
 
 

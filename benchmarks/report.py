@@ -3,8 +3,9 @@
 A document holds blocks ``<!-- bench:NAME -->`` ... ``<!-- /bench -->``; what stands between is replaced. NAME is
 
 - ``FILE-DEVICE``, the main table of ``FILE.jsonl`` for that device (``kernels-cpu``: one line an op),
-- ``FILE-DEVICE-full``, every row, or
-- ``FILE-DEVICE-machine``, where it was measured.
+- ``FILE-DEVICE-full``, every row,
+- ``FILE-DEVICE-machine``, where it was measured, or
+- ``quality``, what whole runs learnt (``quality.jsonl``).
 
 The newest folder ``benchmarks/results/*-YYYY-MM-DD`` that holds such rows is used; where there is none the block says
 "not measured". Figures go to ``docs/figures/FILE-DEVICE.png`` and carry the digest of their data: a stale one shows.
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cohobate.benchmarks import command
+from cohobate.benchmarks import command, quality
 from cohobate.benchmarks.harness import Row, read_rows
 from cohobate.benchmarks.machine import ROOT
 from cohobate.errors import UserError
@@ -48,14 +50,18 @@ class Results:
 
 def find(root: Path, stem: str, device: str) -> Results | None:
     """The newest stored rows of ``stem`` on ``device``; None where there are none."""
-    folders = [f for f in (root / "benchmarks" / "results").glob("*") if FOLDER.match(f.name)]
-    for folder in sorted(folders, key=lambda f: (f.name[-10:], f.name), reverse=True):
-        path = folder / f"{stem}.jsonl"
-        if path.is_file():
-            rows = [row for row in read_rows(path) if row.device == device]
-            if rows:
-                return Results(path, rows, _ceilings(path))
+    for path in stored(root, stem):
+        rows = [row for row in read_rows(path) if row.device == device]
+        if rows:
+            return Results(path, rows, _ceilings(path))
     return None
+
+
+def stored(root: Path, stem: str) -> list[Path]:
+    """Every ``benchmarks/results/*-YYYY-MM-DD/STEM.jsonl``, newest first."""
+    folders = [f for f in (root / "benchmarks" / "results").glob("*") if FOLDER.match(f.name)]
+    folders.sort(key=lambda f: (f.name[-10:], f.name), reverse=True)
+    return [folder / f"{stem}.jsonl" for folder in folders if (folder / f"{stem}.jsonl").is_file()]
 
 
 def _ceilings(path: Path) -> list[str]:
@@ -69,8 +75,10 @@ def render(root: Path, name: str) -> str:
     """Text of one block, ending with a newline.
 
     Raises:
-        UserError: a name that is not FILE-DEVICE, FILE-DEVICE-full or FILE-DEVICE-machine.
+        UserError: a name of none of these forms.
     """
+    if name == "quality":
+        return _quality(root)
     match = re.fullmatch(rf"([a-z0-9_-]+?)-({'|'.join(DEVICES)})(-full|-machine)?", name)
     if match is None:
         raise UserError(f"bench block: expected FILE-DEVICE, FILE-DEVICE-full or FILE-DEVICE-machine, got {name!r}")
@@ -82,6 +90,15 @@ def render(root: Path, name: str) -> str:
     if part == "-machine":
         return machine(results, root)
     return headline(results) if part is None and stem.startswith("kernels") else full(results)
+
+
+def _quality(root: Path) -> str:
+    """What whole runs learnt: not timings, so a table of its own."""
+    for path in stored(root, "quality"):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        commits = ", ".join(sorted({str(line["env"]["commit"]) for line in lines}))
+        return f"{quality.table(lines)}\nRows: `{path.relative_to(root)}`, commit {commits}.\n"
+    return "not measured (`cohobate bench quality` measures it)\n"
 
 
 def machine(results: Results, root: Path) -> str:

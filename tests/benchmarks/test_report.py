@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,19 @@ def test_stale_text_and_stale_figures_are_found(root: Path, monkeypatch: pytest.
     path = root / "benchmarks/results/here-2026-01-31/kernels.jsonl"
     path.write_text(path.read_text().replace('"p50_ms": 1.5', '"p50_ms": 1.6'))
     assert report.stale(root) == ["README.md", "docs/page.md", "docs/figures/kernels-cpu.png (drawn from other data)"]
+
+
+def test_quality_is_a_table_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks" / "results" / "some-cpu-2026-01-02"
+    folder.mkdir(parents=True)
+    row = {"recipe": "demo", "settings": [], "stage": 1, "stage_name": "mae", "features": "mean", "label": "texture"}
+    lines = [
+        {**row, "seed": seed, "metric": metric, "value": value, "env": {"commit": "abc"}}
+        for seed, metric, value in ((0, "knn", 0.5), (1, "knn", 0.7), (0, "linear", 0.8), (1, "linear", 0.8))
+    ]
+    lines.append({**lines[0], "label": "shape", "value": 0.1})
+    (folder / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = report.render(tmp_path, "quality")
+    assert "| demo | 1 mae | not measured | not measured | 0.600 ± 0.141 | 0.800 ± 0.000 |" in text
+    assert "quality.jsonl" in text and "abc" in text
+    assert "not measured" in report.render(tmp_path / "nowhere", "quality")
