@@ -152,6 +152,11 @@ def test_workers_change_nothing(manifest: Manifest, monkeypatch: pytest.MonkeyPa
     same(take(open_(manifest, workers=2), 8), whole)
 
 
+def test_batches_that_are_kept_do_not_change(manifest: Manifest) -> None:
+    """A worker fills its slots in shared memory again and again; what was handed out is not among them."""
+    same(take(open_(manifest, workers=1, batch_size=4), 40), take(open_(manifest, batch_size=4), 40))
+
+
 def test_opening_draws_no_random_numbers(manifest: Manifest) -> None:
     """Workers get seeds from somewhere: not from the generator that the training's own randomness comes from."""
     torch.manual_seed(5)
