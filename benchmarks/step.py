@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from cohobate.kernels import Cost
 from cohobate.masking import MaskPlan, random_plan
 from cohobate.methods import DBOT
 from cohobate.models import Decoder, Precision, VisionTransformer
+from cohobate.models.layers import Block
 from cohobate.teacher import FrozenTeacher
 
 FP32 = Precision(torch.float32, torch.float32)
@@ -108,9 +110,9 @@ def _twin(encoder: VisionTransformer) -> vit.Encoder:
 
 
 def _twin_decoder(decoder: Decoder) -> vit.Decoder:
-    heads = decoder.blocks[0].attn.heads
+    heads = cast(Block, decoder.blocks[0]).attn.heads
     twin = vit.Decoder(
-        decoder.grid.size, decoder.embed.in_features, decoder.out, decoder.width, decoder.depth, int(heads)
+        decoder.grid.size, decoder.embed.in_features, decoder.out, decoder.width, decoder.depth, heads
     )
     twin.load_state_dict(decoder.state_dict())
     return twin

@@ -7,6 +7,7 @@ input; the residual stream has a dtype of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +178,8 @@ def blocks_flops(blocks: nn.ModuleList, tokens: int, queries: int) -> int:
     total = 0
     for i, block in enumerate(blocks):
         rows = queries if i == len(blocks) - 1 else tokens
-        width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+        first = cast(Block, block).mlp.fc1
+        width, hidden = first.in_features, first.out_features
         total += 4 * width**2 * (tokens + rows) + 4 * rows * tokens * width + 4 * rows * width * hidden
     return total
 
