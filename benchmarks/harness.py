@@ -6,9 +6,10 @@ A :class:`Case` is what is computed, with its right answer; a :class:`Provider` 
 
 - every required baseline was measured (literal eager *and* ``torch.compile`` of it, unless the caller says otherwise),
 - both sides' outputs and gradients agree with the answer within their stated tolerance, and
-- the gain exceeds the spread of both sides' timings, and neither spread is above one half.
+- the gain exceeds the spread of both sides' timings, and neither spread is above one half, and
+- on a CPU, other processes left the machine alone meanwhile.
 
-Otherwise the ratio is None and ``note`` says which of the three it was.
+Otherwise the ratio is None and ``note`` says which it was.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cohobate.benchmarks import timing
+from cohobate.benchmarks import machine, timing
 from cohobate.benchmarks.machine import Ceilings
 from cohobate.errors import UserError
 from cohobate.kernels import Cost
@@ -32,6 +33,9 @@ from cohobate.kernels import Cost
 ROLES = ("eager", "compile", "other", "ours")
 BASELINES = ("eager", "compile")
 HALF = ("bf16", "fp16")
+# Cores that others may use during a CPU timing. Beyond, threads wait for the scheduler, and do so steadily enough to
+# look like a measurement without spread.
+BUSY = 0.15
 NOISY = 0.5  # a time that varies by more than half of itself is no measurement, whatever the gain
 SLOW_MS = 2000.0  # a round that takes longer needs no second warm-up
 # Caps on the relative error against float64: what rounding of that dtype may cost over a few thousand additions.
@@ -116,6 +120,7 @@ class Row:
     grad_rel_err: float | None = None
     tolerance: float | None = None
     peak_mb: float | None = None
+    others_cores: float | None = None
     note: str = ""
     env: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -137,9 +142,10 @@ class Effort:
     most: int = 200
     repeats: int = 2
     memory: bool = True
+    again: int = 2  # times that a case is timed anew if other processes disturbed it
 
 
-QUICK = Effort(seconds=0.05, least=3, most=5, repeats=1, memory=False)
+QUICK = Effort(seconds=0.05, least=3, most=5, repeats=1, memory=False, again=0)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -198,7 +204,14 @@ def measure(
             row.max_rel_err = None
             row.note = _join(row.note, f"failed: {type(error).__name__}: {_first_line(error)}")
     if samplers:
-        _time(samplers, effort)
+        for _ in range(1 + effort.again):
+            others = machine.Others()
+            _time(samplers, effort)
+            cores = others.cores() if case.device == "cpu" else None
+            if cores is None or cores <= BUSY:
+                break
+        for row, _ in samplers:
+            row.others_cores = cores
     for row, provider in zip(rows, providers):
         if row.p50_ms is not None and provider.cost is not None and ceilings is not None:
             row.floor_ms = ceilings.floor_ms(provider.cost, provider.dtype)
@@ -252,6 +265,9 @@ def judge(rows: Sequence[Row], baselines: Sequence[str] = BASELINES) -> None:
             continue
         if not row.agrees:
             row.note = _join(row.note, f"no ratio: numerics disagree ({_error(row)})")
+            continue
+        if row.others_cores is not None and row.others_cores > BUSY:
+            row.note = _join(row.note, f"no ratio: other processes used {row.others_cores:.1f} cores meanwhile")
             continue
         row.ratio_vs_eager = _ratio(row, _find(rows, "eager"), "eager")
         if row.role == "ours":

@@ -130,6 +130,32 @@ def _commit() -> tuple[str | None, bool | None]:
     return head.stdout.strip(), bool(status.stdout.strip())
 
 
+class Others:
+    """How much of the CPU other processes use, from the moment this is made."""
+
+    SHORTEST_S = 0.5  # the system counts in hundredths of a second: a shorter look says nothing
+
+    def __init__(self) -> None:
+        self.start, self.before = time.perf_counter(), _busy_seconds()
+
+    def cores(self) -> float | None:
+        """Cores' worth of time that others used so far; None where it cannot be known (not Linux, too short a time)."""
+        now, passed = _busy_seconds(), time.perf_counter() - self.start
+        if now is None or self.before is None or passed < self.SHORTEST_S:
+            return None
+        return max(0.0, (now - self.before) / passed)
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of the whole machine less our own."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, path.read_text().split()[1:9])
+    ours = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - ours.user - ours.system
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What this machine reaches: copy bandwidth by working set, and the rate of a large matrix product by dtype.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from cohobate.benchmarks import timing
+from cohobate.benchmarks import machine, timing
 from cohobate.benchmarks.harness import (
     Case,
     Effort,
@@ -149,6 +152,44 @@ def test_refuses_any_ratio_of_a_time_that_varies_by_more_than_half() -> None:
     ours = rows_of([EAGER, COMPILE, OURS], {**STEADY, "eager": [10.0, 60.0, 100.0, 140.0, 200.0]})["ours"]
     assert ours.ratio_vs_eager is None and "spread 102% exceeds 50%" in ours.note  # p20 50, p50 100, p80 152
     assert ours.ratio_vs_compile == 3.0
+
+
+class Busy:
+    """A machine on which others use so many cores, look by look."""
+
+    def __init__(self, *cores: float | None) -> None:
+        self.looks = list(cores)
+
+    def __call__(self) -> Busy:
+        return self
+
+    def cores(self) -> float | None:
+        return self.looks.pop(0)
+
+
+def test_refuses_when_other_processes_used_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "Others", Busy(0.9, 0.9, 0.9))
+    ours = rows_of([EAGER, COMPILE, OURS])["ours"]
+    assert no_ratio(ours) and "other processes used 0.9 cores" in ours.note and ours.p50_ms == 2.0
+
+
+def test_a_disturbed_case_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "Others", Busy(0.9, 0.05))
+    ours = rows_of([EAGER, COMPILE, OURS])["ours"]
+    assert ours.ratio_vs_eager == 6.0 and ours.others_cores == 0.05 and ours.samples == 10
+
+
+def test_what_other_processes_use_is_seen() -> None:
+    others = machine.Others()
+    assert others.cores() is None, "too short a look"
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinning:
+        time.sleep(0.3)
+        others, end = machine.Others(), time.perf_counter() + 1.0
+        while time.perf_counter() < end:
+            time.sleep(0.05)
+        cores = others.cores()
+        spinning.kill()
+    assert cores is None or cores > 0.1, "a process that never rests"
 
 
 def test_disagreement_between_repeats_is_spread() -> None:
