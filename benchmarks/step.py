@@ -2,8 +2,8 @@
 
 One step is forward, backward, gradient clipping and AdamW, from one batch, one mask and one set of weights. The literal
 step gets normalised fp32 images, as a published loader hands them over; ours reads uint8 and normalises by itself.
-Loss and gradients are compared with the literal fp32 step's before anything is timed; in bf16, both sides may be as
-wrong as the literal step under autocast is.
+Loss and gradients are compared with the literal fp32 step's before anything is timed; in bf16 a step may be at most
+twice as wrong as the literal one under autocast is.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ CLIP, LEARNING_RATE, BETAS, WEIGHT_DECAY = 3.0, 2.4e-3, (0.9, 0.95), 0.05
 MASK_RATIO = 0.75
 # fp32 sums in another order, through a whole network and back; the largest error over all gradient tensors.
 SAME_MATHS = 1e-5
+# In bf16 a step may be twice as far from the fp32 step as the literal one under autocast: flash-attention's rule.
+ERROR_RATIO = 2.0
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def run(
     engine = Step(parts.method, lambda: parts.method.loss(parts.batch, parts.plan).total, fused=True)
     half = literal.with_loss(autocast(literal.loss, device))
     half.reset()
-    allowed = max(value or 0.0 for value in errors(half.results(half()), expected))
+    allowed = ERROR_RATIO * max(value or 0.0 for value in errors(half.results(half()), expected))
     providers = [
         _provider("literal fp32", literal, "eager", "fp32", SAME_MATHS, cost),
         _provider("literal bf16 autocast", half, "other", "bf16", allowed, cost),
@@ -195,7 +197,7 @@ def run(
     if compiled:
         program = torch.compile(parts.literal)
         fast = literal.with_loss(autocast(lambda: program(parts.images, noise), device))
-        providers.append(_provider("literal bf16 compiled", fast, "compile", "bf16", 1.1 * allowed, cost))
+        providers.append(_provider("literal bf16 compiled", fast, "compile", "bf16", allowed, cost))
     providers.append(_provider("engine bf16", engine, "ours", "bf16", allowed, cost))
     baselines = ("eager", "compile") if compiled else ("eager",)
     rows = measure(
