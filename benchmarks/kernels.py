@@ -25,7 +25,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "--ops", default="all", help=f"all, or some of {', '.join(known)} (default: all that dBOT uses)"
     )
     parser.add_argument("--size", choices=tuple(cases.WIDTHS), default="vit-b", help="model size (default: vit-b)")
-    parser.add_argument("--batch", type=int, default=64, help="images a call (default: 64; at 8 most calls stay in the caches)")
+    parser.add_argument("--batch", type=int, default=64, help="images a call (default: 64; 8 stay in the caches)")
     parser.add_argument("--dtypes", default="fp32,bf16", help="fp32 first, the baseline's (default: fp32,bf16)")
     args = parser.parse_args(argv)
     names = list(cases.CASES) if args.ops == "all" else args.ops.split(",")

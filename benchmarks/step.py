@@ -113,9 +113,7 @@ def _twin(encoder: VisionTransformer) -> vit.Encoder:
 
 def _twin_decoder(decoder: Decoder) -> vit.Decoder:
     heads = cast(Block, decoder.blocks[0]).attn.heads
-    twin = vit.Decoder(
-        decoder.grid.size, decoder.embed.in_features, decoder.out, decoder.width, decoder.depth, heads
-    )
+    twin = vit.Decoder(decoder.grid.size, decoder.embed.in_features, decoder.out, decoder.width, decoder.depth, heads)
     twin.load_state_dict(decoder.state_dict())
     return twin
 
