@@ -28,7 +28,7 @@ from cohobate.benchmarks.harness import (
     relative_error,
     write_rows,
 )
-from cohobate.benchmarks.machine import Ceilings, environment
+from cohobate.benchmarks.machine import Ceilings, Others, environment
 from cohobate.benchmarks.regression import compare
 from cohobate.errors import UserError
 from cohobate.kernels import Cost
@@ -180,11 +180,11 @@ def test_a_disturbed_case_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_other_processes_use_is_seen() -> None:
-    others = machine.Others()
+    others = Others()
     assert others.cores() is None, "too short a look"
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinning:
         time.sleep(0.3)
-        others, end = machine.Others(), time.perf_counter() + 1.0
+        others, end = Others(), time.perf_counter() + 1.0
         while time.perf_counter() < end:
             time.sleep(0.05)
         cores = others.cores()
