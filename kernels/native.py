@@ -26,7 +26,7 @@ def why_not() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """Instruction set that the loaded library chose on this machine: avx512, avx2 or generic."""
+    """Instruction set that the loaded library chose on this machine: avx512bf16, avx512, avx2 or generic."""
     if why_not():
         return "none"
-    return ("generic", "avx2", "avx512")[torch.ops.cohobate_native.instruction_set()]
+    return ("generic", "avx2", "avx512", "avx512bf16")[torch.ops.cohobate_native.instruction_set()]
