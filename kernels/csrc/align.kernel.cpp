@@ -9,26 +9,28 @@
 #include <immintrin.h>
 #endif
 
+#include "vector.h"
+
 namespace cohobate {
 namespace COHOBATE_ISA {
 
-constexpr int64_t kLanes = 64;  // partial sums of a row: the same tree for every instruction set
+constexpr int64_t kSums = 64;  // partial sums of a row: the same tree for every instruction set
 
 static inline float sum_lanes(const float* lanes) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < kLanes; ++k) sum += lanes[k];
+  for (int64_t k = 0; k < kSums; ++k) sum += lanes[k];
   return sum;
 }
 
 // Sum of value(0) ... value(count - 1).
 template <class F>
 static inline float sum_of(int64_t count, F value) {
-  float lanes[kLanes] = {};
+  float lanes[kSums] = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
+  for (; i + kSums <= count; i += kSums)
 #pragma omp simd
-    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += value(i + k);
+    for (int64_t k = 0; k < kSums; ++k) lanes[k] += value(i + k);
   for (int64_t k = 0; i + k < count; ++k) lanes[k] += value(i + k);
   return sum_lanes(lanes);
 }
@@ -58,12 +60,6 @@ static inline void stream_fence() {
 #endif
 }
 
-// Rows are chosen by index: hardware prefetchers lose the thread at every gap, and while a row is computed they idle.
-template <class T>
-static inline void prefetch(const T* row, int64_t width) {
-  for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
-}
-
 template <class T>
 static inline const T* row_at(const AlignRows& view, int64_t b, int64_t j) {
   return static_cast<const T*>(view.data) + b * view.batch_stride + view.row(b, j) * view.row_stride;
@@ -75,51 +71,78 @@ struct Moments {
 
 // One pass over deviations from the mean of the first 64 values. That mean is at most sqrt(width / 64) standard deviations
 // off, so the variance loses no digits; and a constant row deviates by nothing, or by one rounding, and becomes zero.
+//
+// Rows are chosen by index, so hardware prefetchers lose the thread at every gap: each step here and below asks for its part
+// of the row after this one.
 template <class T>
-static inline Moments moments_of(const T* __restrict target, const AlignLayer& layer) {
+static inline Moments moments_of(const T* __restrict target, const T* next, const AlignLayer& layer) {
   if (!layer.standardise) return {};
-  const int64_t width = layer.width, head = std::min(width, kLanes);
+  const int64_t width = layer.width, head = std::min(width, kSums);
   const float pivot = sum_of(head, [=](int64_t i) { return load(target + i); }) / head;
-  float lanes[kLanes] = {}, squares[kLanes] = {};
-  const auto add = [&](int64_t i, int64_t k) {
-    const float difference = load(target + i) - pivot;
-    lanes[k] += difference;
-    squares[k] += difference * difference;
-  };
+  Vector sums[4] = {}, squares[4] = {};
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes)
-#pragma omp simd
-    for (int64_t k = 0; k < kLanes; ++k) add(i + k, k);
-  for (int64_t k = 0; i + k < width; ++k) add(i + k, k);
-  const float sum = sum_lanes(lanes), mean = sum / width;
-  const float variance = std::max(0.0f, sum_lanes(squares) - sum * mean) / (width - layer.ddof);
+  for (; i + kSums <= width; i += kSums)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Vector difference = load_vector(target + i + v * kLanes) - pivot;
+      __builtin_prefetch(next + i + v * kLanes);
+      sums[v] += difference;
+      squares[v] += difference * difference;
+    }
+  float sum = sum_of(sums[0] + sums[1] + sums[2] + sums[3]), square = sum_of(squares[0] + squares[1] + squares[2] + squares[3]);
+  for (; i < width; ++i) {
+    const float difference = load(target + i) - pivot;
+    sum += difference;
+    square += difference * difference;
+  }
+  const float mean = sum / width;
+  const float variance = std::max(0.0f, square - sum * mean) / (width - layer.ddof);
   const float spread = layer.eps_inside ? std::sqrt(variance + layer.eps) : std::sqrt(variance) + layer.eps;
   return {pivot + mean, 1 / spread};
 }
 
+// Slope (without its factor) and loss of an error, one value or sixteen. Comparisons are in the order that lets NaN through.
+template <AlignKind kKind, class V>
+static inline void elementwise(V error, float beta, V& slope, V& loss) {
+  if constexpr (kKind == AlignKind::smooth_l1) {
+    slope = -beta > error ? V{} - beta : error;
+    slope = beta < slope ? V{} + beta : slope;
+    loss = slope * (error - 0.5f * slope);
+  } else if constexpr (kKind == AlignKind::mse) {
+    slope = error;
+    loss = error * error;
+  } else {
+    slope = error < 0 ? V{} - 1.0f : error > 0 ? V{} + 1.0f : error;
+    loss = error < 0 ? -error : error;
+  }
+}
+
 template <AlignKind kKind, bool kGrad, class P, class T>
-static inline float elementwise_row(const P* __restrict prediction, const T* __restrict target, P* __restrict grad,
-                                    const Moments m, const AlignLayer& layer) {
+static inline float elementwise_row(const P* __restrict prediction, const P* next, const T* __restrict target,
+                                    P* __restrict grad, const Moments m, const AlignLayer& layer) {
   const float beta = layer.beta;
   const float factor = kKind == AlignKind::smooth_l1 ? 1 / beta : 1;
   const float scale = layer.scale * (kKind == AlignKind::mse ? 2 : factor);
-  return factor * sum_of(layer.width, [=](int64_t i) {
-    const float error = load(prediction + i) - (load(target + i) - m.mean) * m.inverse;
-    float slope, loss;
-    if constexpr (kKind == AlignKind::smooth_l1) {
-      slope = -beta > error ? -beta : error;  // in this order, NaN stays NaN
-      slope = beta < slope ? beta : slope;
-      loss = slope * (error - 0.5f * slope);
-    } else if constexpr (kKind == AlignKind::mse) {
-      slope = error;
-      loss = error * error;
-    } else {
-      slope = error < 0 ? -1.0f : error > 0 ? 1.0f : error;
-      loss = std::fabs(error);
+  Vector sums[4] = {};
+  int64_t i = 0;
+  for (; i + kSums <= layer.width; i += kSums)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const int64_t j = i + v * kLanes;
+      Vector slope, loss;
+      elementwise<kKind>(load_vector(prediction + j) - (load_vector(target + j) - m.mean) * m.inverse, beta, slope, loss);
+      __builtin_prefetch(next + j);
+      sums[v] += loss;
+      if constexpr (kGrad) store_vector(grad + j, slope * scale);
     }
+  float sum = sum_of(sums[0] + sums[1] + sums[2] + sums[3]);
+  for (; i < layer.width; ++i) {
+    float slope, loss;
+    elementwise<kKind>(load(prediction + i) - (load(target + i) - m.mean) * m.inverse, beta, slope, loss);
+    sum += loss;
     if constexpr (kGrad) store(grad + i, slope * scale);
-    return loss;
-  });
+  }
+  return factor * sum;
 }
 
 // 1 - cos(p, g). Norms are clamped at 1e-8 as torch.nn.functional.cosine_similarity does.
@@ -156,13 +179,12 @@ static void layer_of(const AlignLayer& layer, const uint8_t* is_read, float* row
       const int64_t b = i / layer.count, j = i % layer.count, next = i + 1 < total ? i + 1 : i;
       const P* prediction = row_at<P>(from, b, j);
       const T* target = row_at<T>(to, b, j);
-      prefetch(row_at<P>(from, next / layer.count, next % layer.count), layer.width);
-      prefetch(row_at<T>(to, next / layer.count, next % layer.count), layer.width);
-      const Moments m = moments_of(target, layer);
+      const P* next_prediction = row_at<P>(from, next / layer.count, next % layer.count);
+      const Moments m = moments_of(target, row_at<T>(to, next / layer.count, next % layer.count), layer);
       if constexpr (kKind == AlignKind::cosine)
         row_losses[i] = cosine_row<kGrad>(prediction, target, row.data(), m, layer);
       else
-        row_losses[i] = elementwise_row<kKind, kGrad>(prediction, target, row.data(), m, layer);
+        row_losses[i] = elementwise_row<kKind, kGrad>(prediction, next_prediction, target, row.data(), m, layer);
       if (kGrad) stream(grad + (b * length + from.row(b, j)) * bytes, reinterpret_cast<const char*>(row.data()), bytes);
     }
     if (kGrad && from.rows) {
