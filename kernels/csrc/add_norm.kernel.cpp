@@ -75,7 +75,7 @@ void normalise_row(const float* __restrict row, float mean, float rstd, const fl
   Out* __restrict to = static_cast<Out*>(normed);
 #pragma omp simd
   for (int64_t k = 0; k < width; ++k)
-    store(to + k, ((row[k] - mean) * rstd * weight[k] + bias[k]) * inverse);
+    store(to + k, ((row[k] - mean) * rstd * weight[k] + bias[k]) * inverse);  // inverse is 1 but for fp8
 }
 
 // n: the gradient of the normalised row, h: the row normalised again, both fp32.
