@@ -8,6 +8,7 @@ and again, so a block goes to a free list when the last tensor on it is gone, wh
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes; malloc recycles smaller blocks itself
-MOST_IDLE = 1 << 29  # bytes that may wait on the free list
+# Bytes that may wait on the free list: between two steps all gradients and activations do.
+MOST_IDLE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8 if hasattr(os, "sysconf") else 1 << 30
 ALIGNMENT = 64
 
 _idle: dict[int, list[np.ndarray]] = {}

@@ -137,6 +137,8 @@ def _resolve(name: str, device: str, backend: str | None, facts: tuple[tuple[str
             raise ValueError(f"{source}: {wanted!r} cannot run {name}: {'; '.join(reasons)}")
         return wanted
     fast = "native" if device == "cpu" else "triton"
+    if fast not in OPS[name].implementations:
+        return "reference"  # what it calls is the right kernel there
     reasons = why_not(name, fast, device, **dict(facts))
     if not reasons:
         return fast

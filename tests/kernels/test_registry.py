@@ -111,11 +111,19 @@ def test_limits_look_at_the_facts_of_the_call(toy: str) -> None:
     assert why_not(toy, "triton", "cpu") == ["toy has no triton implementation"]
 
 
+@needs_native
 def test_fallback_is_logged_once_for_each_reason(toy: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="cohobate.kernels"):
-        assert [choose(toy, META, dtype=torch.float32) for _ in range(3)] == ["reference"] * 3
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0] == "toy runs as reference on meta: toy has no triton implementation"
+        assert [choose(toy, CPU, dtype=torch.float16) for _ in range(3)] == ["reference"] * 3
+    assert caplog.messages == ["toy runs as reference on cpu: native computes in float32, not float16"]
+
+
+def test_an_op_without_a_fast_implementation_is_its_reference_and_says_nothing(
+    toy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="cohobate.kernels"):
+        assert choose(toy, META, dtype=torch.float32) == "reference"
+    assert caplog.messages == []
 
 
 @needs_native
@@ -151,6 +159,13 @@ def test_compiled_code_sees_a_constant() -> None:
         assert torch.equal(compiled(None), call(None))
     assert len(seen) == 4
     assert "gather" in seen[3].code and "gather" not in seen[0].code
+
+
+def test_importing_the_package_lists_every_op() -> None:
+    """``cohobate info`` reads the table after this import alone."""
+    code = "import cohobate.kernels as k; print(*k.OPS)"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"take", "align_loss", "add_norm", "bias_gelu", "short_attention", "quantise_fp8"} <= set(listed)
 
 
 def test_every_op_says_what_it_costs() -> None:

@@ -1,0 +1,201 @@
+"""linear: a bf16 product whose weight is fp32, as training under mixed precision has it.
+
+    out = x W^T + b         dx = grad W         dW = grad^T x  (fp32)         db = column sums of grad  (fp32)
+
+| tensor | shape      | dtype      | strides                     |
+|--------|------------|------------|-----------------------------|
+| x      | [..., in]  | any        | contiguous (else copied)    |
+| weight | [out, in]  | fp32 (any) | contiguous (else copied)    |
+| bias   | [out]      | fp32 (any) | any                         |
+| out    | [..., out] | as x       | contiguous                  |
+
+``reference`` casts weight and bias to x's dtype and calls torch's product; so does every CUDA call, where cuBLAS is the
+right kernel. ``native`` is for processors with avx512_bf16 and no AMX: it casts while it packs the weight, and writes
+the weight's gradient in fp32 out of its accumulators, where torch rounds it to bf16 and converts it back. Both round
+each output once; the gradient of the weight is the more exact one. Saved for backward: x and the weight.
+
+Floor: :func:`linear_cost`. Determinism: bitwise; each value is summed in the order of the summed dimension, whatever
+the number of threads or of rows, so a row of the output depends on its own input alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cohobate.kernels import native
+from cohobate.kernels.memory import recycled
+from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Reference of :func:`linear`, differentiable."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_cost(rows: int, inputs: int, outputs: int, itemsize: int, *, backward: bool = False) -> Cost:
+    """Floor: every matrix moved once, weights and their gradient in fp32; 2 FLOPs a multiply-add, bias not counted."""
+    product = 2 * rows * inputs * outputs
+    moved = rows * (inputs + outputs) * itemsize + 4 * inputs * outputs
+    if not backward:
+        return Cost(bytes=moved, flops=product)
+    read = rows * (inputs + outputs) * itemsize + 4 * inputs * outputs
+    return Cost(bytes=read + rows * inputs * itemsize + 4 * (inputs + 1) * outputs, flops=2 * product)
+
+
+# ---------------------------------------------------------------------------------------------------------- native
+
+
+def _forward_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = recycled((x.shape[0], weight.shape[0]), x.dtype)
+    torch.ops.cohobate_native.linear(x, weight, bias, out)
+    return out
+
+
+def _backward_native(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = recycled(x.shape if wants_x else (0,), x.dtype)
+    dweight = recycled(weight.shape if wants_weight else (0,), weight.dtype)
+    dbias = weight.new_empty(grad.shape[1] * wants_bias)
+    if wants_x:
+        torch.ops.cohobate_native.linear_dx(grad, weight, dx)
+    if wants_weight:
+        torch.ops.cohobate_native.linear_dw(grad, x, dweight, dbias if wants_bias else None)
+    elif wants_bias:
+        torch.sum(grad, 0, dtype=torch.float32, out=dbias)
+    return dx, dweight, dbias
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients; empty ones where they are not wanted."""
+    dx = x.new_empty(x.shape if wants_x else 0)
+    return dx, weight.new_empty(weight.shape if wants_weight else 0), weight.new_empty(grad.shape[1] * wants_bias)
+
+
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
+
+
+@functools.cache
+def is_fast() -> bool:
+    """Can ``native`` run here, and is it the fastest? On processors with avx512_bf16 and without AMX."""
+    return not native.why_not() and bool(torch.ops.cohobate_native.linear_is_fast())
+
+
+class PackedLinear:
+    """``activation(x W^T + b)`` of a bf16 weight that never changes: packed once, no gradient. Where :func:`is_fast`.
+
+    Args:
+        weight: [out, in] bf16, ``in`` even. bias: [out] bf16 or None. activation: a key of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> None:
+        self.outputs, self.inputs = weight.shape
+        self.bias, self.activation = bias, ACTIVATIONS[activation]
+        ops: Any = torch.ops.cohobate_native
+        self.packed = torch.empty(ops.linear_packed_size(self.inputs, self.outputs), dtype=torch.int32)
+        ops.linear_pack(weight.contiguous(), self.packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] bf16 -> [..., out] bf16; the activation is computed in the product's fp32 accumulators."""
+        rows = x.reshape(-1, self.inputs).contiguous()
+        out = recycled((rows.shape[0], self.outputs), torch.bfloat16)
+        torch.ops.cohobate_native.linear_packed(rows, self.packed, self.bias, self.activation, out)
+        return out.view(*x.shape[:-1], self.outputs)
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def _native_limit(*, x: torch.dtype, weight: torch.dtype, even: bool) -> list[str]:
+    reasons = []
+    if (x, weight) != (torch.bfloat16, torch.float32):
+        reasons.append(f"native multiplies bf16 by fp32 weights, not {_short(x)} by {_short(weight)}")
+    if not even:
+        reasons.append("native multiplies pairs: both sizes of the weight must be even")
+    if not native.why_not() and not is_fast():
+        reasons.append("native is for processors with avx512_bf16 and without AMX; torch's product is faster here")
+    return reasons
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+register(Op("linear", ("reference", "native"), linear_cost, {"native": _native_limit}))
+
+_linear_op = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    native=_forward_native,
+)
+_backward_op = define(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, bool wants_x, bool wants_weight, bool wants_bias, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_gradients,
+    native=_backward_native,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.impl = impl
+        return _linear_op(x, weight, bias, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        found = _backward_op(grad.contiguous(), x, weight, *wanted, ctx.impl)
+        return (*(value if want else None for value, want in zip(found, wanted, strict=True)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------- public
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """``x W^T + b`` in x's dtype, whatever dtype the parameters are kept in (autocast is not consulted).
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out] or None.
+        backend: auto (None), reference or native (bf16 x and fp32 parameters).
+
+    Returns:
+        [..., out] in x's dtype. Gradients come in the dtypes of their inputs.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or backend that does not fit; the message names the argument.
+    """
+    _check(x, weight, bias)
+    facts: dict[str, Any] = {"x": x.dtype, "weight": weight.dtype, "even": not (weight.shape[0] | weight.shape[1]) & 1}
+    impl = choose("linear", x, backend, **facts)
+    if impl == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_reference(x, weight, bias)
+    shift = None if bias is None else bias.float().contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out: Tensor = _Linear.apply(rows, weight.contiguous(), shift, impl)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("x", x, dtypes=FLOATS)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least one dimension, got none")
+    check_tensor("weight", weight, dtypes=FLOATS, shape=(None, x.shape[-1]), like=x)
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=FLOATS, shape=(weight.shape[0],), like=x)
