@@ -1,10 +1,11 @@
-"""``cohobate info``: versions, devices, which implementation serves which op, loaders, tuning tables."""
+"""``cohobate info``: versions, devices, which implementation serves which op, attention, loaders, tuning tables."""
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -17,14 +18,15 @@ PACKAGES = (
     "simplejpeg",
     "pillow",
     "safetensors",
+    "xformers",
+    "flash-attn",
+    "flash-attn-4",
+    "timm",
+    "transformers",
 )
-OPTIONAL = {
-    "xformers": "xformers",
-    "flash-attn": "flash_attn",
-    "apex": "apex",
-    "timm": "timm",
-    "transformers": "transformers",
-}
+KEYS = (50, 64, 128, 197, 256, 392, 1568)  # of students, decoders and teachers, images and clips
+HEAD_DIMS = (32, 64)
+NO_CUDA = "no CUDA device"
 
 
 def version(distribution: str) -> str:
@@ -40,31 +42,40 @@ def show() -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    for table in (_versions(), _devices(), _ops(), _loaders(), _tuning()):
+    for table in (_versions(), _devices(), _ops(), _backends(), _attention(), _loaders(), _tuning()):
         console.print(table)
+        console.print()
 
 
-def _table(title: str, *columns: str) -> Any:
-    from rich import box
+def _table(*columns: str) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
+def _answer(reasons: Iterable[str]) -> str:
+    reasons = list(reasons)
+    return "no: " + "; ".join(reasons) if reasons else "yes"
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _versions() -> Any:
     from cohobate import __version__
 
-    table = _table("versions", "package", "version")
-    table.add_row("cohobate", __version__)
-    table.add_row("python", platform.python_version())
-    for name in PACKAGES:
-        table.add_row(name, version(name))
-    for name, module in OPTIONAL.items():
-        present = importlib.util.find_spec(module) is not None
-        table.add_row(name, version(name) if present else "not installed")
+    versions = {"cohobate": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in PACKAGES}
+    there = [f"{name} {number}" for name, number in versions.items() if number != "not installed"]
+    table = _table("versions", "")
+    table.add_row("installed", ", ".join(there))
+    table.add_row("not installed", ", ".join(name for name, number in versions.items() if number == "not installed"))
     return table
 
 
@@ -73,7 +84,7 @@ def _devices() -> Any:
 
     from cohobate.kernels import native
 
-    table = _table("devices", "device", "what")
+    table = _table("device", "what")
     threads = f"{os.cpu_count()} logical cores, {torch.get_num_threads()} threads"
     table.add_row("cpu", f"{threads}, torch sees {torch.backends.cpu.get_cpu_capability()}")
     reasons = native.why_not()
@@ -94,40 +105,102 @@ def _devices() -> Any:
 
 
 def _ops() -> Any:
-    import torch
-
+    """Ops with the same answers share a row."""
     from cohobate.kernels import OPS, why_not
 
-    table = _table("ops", "op", "reference", "native (cpu)", "triton (cuda)")
-    cuda = torch.cuda.is_available()
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(OPS):
-        cells = []
-        for implementation, device in (("reference", "cpu"), ("native", "cpu"), ("triton", "cuda")):
-            if implementation in OPS[name].implementations and device == "cuda" and not cuda:
-                reasons = ["no CUDA device"]
-            else:
-                reasons = why_not(name, implementation, device)
-            cells.append("yes" if not reasons else "no: " + "; ".join(reasons))
-        table.add_row(name, *cells)
+        native = _answer(why_not(name, "native", "cpu"))
+        triton = why_not(name, "triton", "cuda") if _cuda() or "triton" not in OPS[name].implementations else [NO_CUDA]
+        rows.setdefault((_answer(why_not(name, "reference", "cpu")), native, _answer(triton)), []).append(name)
+    table = _table("ops", "reference", "native (cpu)", "triton (cuda)")
+    for answers, names in rows.items():
+        table.add_row(", ".join(names), *answers)
     return table
+
+
+def _backends() -> Any:
+    """Attention, norm and optimizer backends, asked about a common call: bf16, 197 keys, heads of 64, a gradient."""
+    import torch
+
+    from cohobate.kernels.backends import attention, norm, optimizer
+
+    kind, devices = torch.bfloat16, ("cpu", "cuda")
+    table = _table("backends", "", "cpu", "cuda" if _cuda() else "cuda (not here)")
+    for name in attention.BACKENDS:
+        answers = [attention.why_not(name, device, kind, 197, 64, True) for device in devices]
+        table.add_row("attention", name, *map(_cell, devices, answers))
+    for name in norm.BACKENDS:
+        table.add_row("norm", name, *(_cell(device, norm.why_not(name, device, kind)) for device in devices))
+    for name in optimizer.BACKENDS:
+        table.add_row("optimizer", name, *(_cell(device, optimizer.why_not(name, device)) for device in devices))
+    return table
+
+
+def _cell(device: str, reasons: list[str]) -> str:
+    """An answer, less what the column says already."""
+    if device == "cpu" and "it runs on CUDA" in reasons:
+        return "-"
+    others = [reason for reason in reasons if reason != NO_CUDA]
+    return "untried" if device == "cuda" and not _cuda() and not others else _answer(others)
+
+
+def _attention() -> Any:
+    """What the table of attention chooses, and where each rule comes from; calls with one answer share a row."""
+    import torch
+
+    from cohobate.kernels.backends import attention
+    from cohobate.kernels.backends.probe import Call
+
+    here = ["cpu", "cuda"] if _cuda() else ["cpu"]
+    origins = list(dict.fromkeys(rule.provenance for rule in attention.rules()))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for device, kind in itertools.product(("cpu", "cuda"), (torch.bfloat16, torch.float16, torch.float32)):
+        answers: dict[str, list[str]] = {}
+        for dim, grad in itertools.product(HEAD_DIMS, (True, False)):
+            calls = [Call(device, kind, keys, dim, grad) for keys in KEYS]
+            taken = [attention.by_table(call, anywhere=device not in here)[0] for call in calls]
+            names = [f"{rule.backend} [{origins.index(rule.provenance) + 1}]" for rule in taken]
+            answers.setdefault(_ranges(names), []).append(f"d={dim} {'with' if grad else 'without'} gradient")
+        for choice, variants in answers.items():
+            label = str(kind).removeprefix("torch.")
+            if len(answers) > 1:
+                label += f" ({', '.join(variants)})"
+            rows.setdefault((device, choice), []).append(label)
+    table = _table("attention", "calls", "backend by number of keys [where from]")
+    for (device, choice), labels in rows.items():
+        table.add_row(device if device in here else f"{device} (not here)", ", ".join(labels), choice)
+    for number, origin in enumerate(origins, 1):
+        if any(f"[{number}]" in choice for _, choice in rows):
+            table.add_row(f"[{number}]", "", origin)
+    return table
+
+
+def _ranges(names: list[str]) -> str:
+    """``50-392 short, 1568 sdpa``: neighbours in :data:`KEYS` with one answer are written together."""
+    parts = []
+    for name, group in itertools.groupby(zip(KEYS, names, strict=True), key=lambda pair: pair[1]):
+        keys = [key for key, _ in group]
+        parts.append(f"{keys[0]}-{keys[-1]} {name}" if len(keys) > 1 else f"{keys[0]} {name}")
+    return ", ".join(parts)
 
 
 def _loaders() -> Any:
     from cohobate import data
 
-    table = _table("loaders", "loader", "usable")
+    table = _table("loader", "usable")
     for name, reasons in data.why_not_loaders().items():
-        table.add_row(name, "yes" if not reasons else "no: " + "; ".join(reasons))
+        table.add_row(name, _answer(reasons))
     return table
 
 
 def _tuning() -> Any:
+    """Launch configurations of the Triton kernels; the ops are those of the table of ops."""
     from cohobate.kernels import tuning
 
-    table = _table("tuning tables", "architecture", "entries", "where from", "ops")
+    table = _table("launch configurations", "entries", "where from")
     for architecture in tuning.ARCHITECTURES:
         entries = tuning.entries(architecture)
         origins = sorted({str(entry["provenance"]) for entry in entries})
-        ops = ", ".join(sorted({str(entry["op"]) for entry in entries}))
-        table.add_row(architecture, str(len(entries)), "; ".join(origins), ops)
+        table.add_row(architecture, str(len(entries)), "; ".join(origins))
     return table

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cohobate.errors import UserError
+from cohobate.kernels import backends
 
 _TOKENS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_embed")
 
@@ -62,7 +63,7 @@ class Updater:
             raise UserError("model: expected at least one parameter that needs a gradient, got none")
         device = self.parameters[0].device
         self.clip = clip
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self.optimizer = backends.adamw(groups, betas=betas, eps=eps)
         self.norm = torch.zeros((), device=device)
         self.bad = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
