@@ -8,7 +8,18 @@ from torch import Tensor, nn
 from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.masking import MaskPlan
-from cohobate.models.layers import Block, DropPath, Linear, Norm, Precision, blocks_flops, draw, draw_normal, run_blocks
+from cohobate.models.layers import (
+    Block,
+    DropPath,
+    Linear,
+    Norm,
+    Precision,
+    Stream,
+    blocks_flops,
+    draw,
+    draw_normal,
+    run_blocks,
+)
 from cohobate.models.positions import position_table
 from cohobate.models.vit import VisionTransformer
 from cohobate.tokens import TokenGrid
@@ -127,8 +138,9 @@ class Decoder(nn.Module):
             layout="raster",
             prefix=self.prefix,
         )
-        x = run_blocks(self.blocks, x, self.precision.compute, self.drop_path(x.shape[0], generator), queries)
-        return self.head(self.norm(x, self.precision.compute))
+        drop = self.drop_path(x.shape[0], generator)
+        stream = run_blocks(self.blocks, Stream(x), self.precision.compute, drop, queries)
+        return self.head(self.norm.add(stream, self.precision.compute)[1])
 
     def flops(self, visible: int, queries: int) -> int:
         """Multiply-adds x 2 of one sample's forward pass."""

@@ -7,7 +7,7 @@ input; the residual stream has a dtype of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.kernels import tokens
-from cohobate.models.attention import attend
+from cohobate.kernels.backends import attend
+from cohobate.kernels.transformer import add_norm, bias_gelu, linear
 
 NORM_EPS = 1e-6
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,22 +40,22 @@ class Precision:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype: the weight is cast once a call, the gradient once a call."""
+    """nn.Linear that computes in its input's dtype, whatever dtype its parameters have."""
 
     def reset_parameters(self) -> None:
         """Nothing: whole models are drawn at once, by :func:`draw`, from one generator."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
-        return self.part(x, 0, self.out_features)
+        return linear(x, self.weight, self.bias)
 
     def part(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs [start, stop) alone."""
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if (start, stop) != (0, self.out_features):
-            weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias, for an epilogue that adds it."""
+        return linear(x, self.weight)
 
 
 class Norm(nn.LayerNorm):
@@ -65,8 +66,38 @@ class Norm(nn.LayerNorm):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[..., D] -> [..., D] in ``dtype`` (default x's)."""
-        out = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        return out.to(dtype or x.dtype)
+        return self.add(Stream(x), dtype)[1]
+
+    def add(self, stream: Stream, dtype: torch.dtype | None = None) -> tuple[Stream, Tensor]:
+        """The stream with its branch added, and its norm: one pass over both."""
+        x, normed = add_norm(
+            stream.x,
+            stream.branch,
+            weight=self.weight,
+            bias=self.bias,
+            factor=stream.factor,
+            eps=self.eps,
+            dtype=dtype or stream.x.dtype,
+        )
+        return Stream(x), normed
+
+
+class Stream(NamedTuple):
+    """The residual stream [B, N, D] and a branch that is not added to it yet: the next norm does both in one pass.
+
+    ``factor`` [B] fp32 scales a sample's branch (drop path), None for none.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    factor: Tensor | None = None
+
+    def settled(self) -> Tensor:
+        """The sum, in x's dtype."""
+        if self.branch is None:
+            return self.x
+        branch = self.branch if self.factor is None else self.branch * self.factor[:, None, None]
+        return (self.x + branch).to(self.x.dtype)
 
 
 class Attention(nn.Module):
@@ -82,13 +113,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D], or [B, n, D] when only the rows ``queries`` [B, n] int32 are asked for."""
-        batch, length, width = x.shape
+        width = x.shape[-1]
         if queries is None:
-            q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).unbind(2)
-        else:
-            q = self.qkv.part(tokens.take(x, queries), 0, width).view(batch, queries.shape[1], self.heads, -1)
-            k, v = self.qkv.part(x, width, 3 * width).view(batch, length, 2, self.heads, -1).unbind(2)
-        return self.proj(attend(q, k, v))
+            return self.proj(attend(self.qkv(x), self.heads))
+        q = self.qkv.part(tokens.take(x, queries), 0, width)
+        return self.proj(attend(self.qkv.part(x, width, 3 * width), self.heads, q))
 
 
 class Mlp(nn.Module):
@@ -101,7 +130,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        if x.device.type == "cpu":  # the product adds the bias in its accumulators, and torch's GELU is the fastest
+            return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(bias_gelu(self.fc1.product(x), self.fc1.bias))
 
 
 class Block(nn.Module):
@@ -115,22 +146,17 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(
-        self, x: Tensor, compute: torch.dtype, drop: Tensor | None = None, queries: Tensor | None = None
-    ) -> Tensor:
-        """Residual stream [B, N, D] -> [B, N, D], or [B, n, D]: the rows ``queries`` alone, exactly.
+        self, stream: Stream, compute: torch.dtype, drop: Tensor | None = None, queries: Tensor | None = None
+    ) -> Stream:
+        """The residual stream [B, N, D] behind the block, or [B, n, D]: the rows ``queries`` alone, exactly.
 
-        ``drop`` [2, B, 1, 1]: factors of the two branches (drop path), None for none.
+        ``drop`` [2, B]: factors of the two branches (drop path), None for none.
         """
-        branch = self.attn(self.norm1(x, compute), queries)
-        if queries is not None:
-            x = tokens.take(x, queries)
-        x = _add(x, branch, None if drop is None else drop[0])
-        branch = self.mlp(self.norm2(x, compute))
-        return _add(x, branch, None if drop is None else drop[1])
-
-
-def _add(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    return (x + (branch if factor is None else branch * factor)).to(x.dtype)
+        stream, normed = self.norm1.add(stream, compute)
+        branch = self.attn(normed, queries)
+        x = stream.x if queries is None else tokens.take(stream.x, queries)
+        stream, normed = self.norm2.add(Stream(x, branch, None if drop is None else drop[0]), compute)
+        return Stream(stream.x, self.mlp(normed), None if drop is None else drop[1])
 
 
 class DropPath(nn.Module):
@@ -151,26 +177,26 @@ class DropPath(nn.Module):
         self.register_buffer("keep", keep.float().view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """Factors [depth, 2, batch, 1, 1] for both branches of every block; None when nothing can be dropped."""
+        """Factors [depth, 2, batch] for both branches of every block; None when nothing can be dropped."""
         if not self.training or self.rate == 0:
             return None
         depth = self.keep.shape[0]
         uniform = torch.rand(depth, 2, batch, generator=generator, device=self.keep.device)
-        return ((uniform < self.keep) / self.keep)[..., None, None]
+        return (uniform < self.keep) / self.keep
 
 
 def run_blocks(
     blocks: nn.ModuleList,
-    x: Tensor,
+    stream: Stream,
     compute: torch.dtype,
     drop: Tensor | None = None,
     queries: Tensor | None = None,
-) -> Tensor:
+) -> Stream:
     """Every block in turn; the last one only for the rows ``queries`` when they are given."""
     last = len(blocks) - 1
     for i, block in enumerate(blocks):
-        x = block(x, compute, None if drop is None else drop[i], queries if i == last else None)
-    return tokens.take(x, queries) if queries is not None and last < 0 else x
+        stream = block(stream, compute, None if drop is None else drop[i], queries if i == last else None)
+    return Stream(tokens.take(stream.settled(), queries)) if queries is not None and last < 0 else stream
 
 
 def blocks_flops(blocks: nn.ModuleList, tokens: int, queries: int) -> int:

@@ -15,6 +15,7 @@ from cohobate.models.layers import (
     DropPath,
     Norm,
     Precision,
+    Stream,
     blocks_flops,
     draw,
     draw_normal,
@@ -144,29 +145,19 @@ class VisionTransformer(nn.Module):
         Raises:
             UserError: pixels of another shape than the grid's.
         """
-        if pixels.dim() != 5 or tuple(pixels.shape[1:]) != self.grid.pixel_shape:
-            expected = ", ".join(map(str, self.grid.pixel_shape))
-            raise UserError(f"pixels: expected uint8 [B, {expected}], got {pixels.dtype} {list(pixels.shape)}")
-        compute, residual = self.precision.compute, self.precision.residual
-        positions = self.pos_embed[0, self.prefix :]
-        fused = compute == residual  # else the sum with the positions must not be rounded to the compute dtype
-        x = tokens.embed_patches(
+        table = self.pos_embed[0]
+        return embed_tokens(
             pixels,
             rows,
             self.patch_embed.proj.rows(),
             self.patch_embed.proj.bias,
-            positions if fused else None,
-            patch=self.grid.patch,
+            table[self.prefix :],
+            table[:0] if self.cls_token is None else self.cls_token[0] + table[:1],
+            grid=self.grid,
             mean=self.mean,
             std=self.std,
-            dtype=compute,
+            precision=self.precision,
         )
-        if not fused:
-            x = (x + (positions if rows is None else positions[rows.long()])).to(residual)
-        if self.cls_token is not None:
-            cls = (self.cls_token + self.pos_embed[:, :1]).to(residual)
-            x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
-        return x
 
     def forward(
         self, pixels: Tensor, rows: Tensor | None = None, *, generator: torch.Generator | None = None
@@ -181,13 +172,13 @@ class VisionTransformer(nn.Module):
         Returns:
             [B, P + n, D] in the compute dtype, the cls token first.
         """
-        x = run_blocks(
+        stream = run_blocks(
             self.blocks,
-            self.embed(pixels, rows),
+            Stream(self.embed(pixels, rows)),
             self.precision.compute,
             self.drop_path(pixels.shape[0], generator),
         )
-        return self.norm(x, self.precision.compute)
+        return self.norm.add(stream, self.precision.compute)[1]
 
     def intermediates(
         self,
@@ -215,19 +206,20 @@ class VisionTransformer(nn.Module):
         """
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > self.depth:
             raise UserError(f"layers: expected ascending numbers in [0, {self.depth}], got {list(layers)}")
-        x = self.embed(pixels, rows)
+        stream = Stream(self.embed(pixels, rows))
         drop = self.drop_path(pixels.shape[0], generator)
         found, start = [], 0
         for layer in layers:
             last = layer == layers[-1]
-            x = run_blocks(
+            stream = run_blocks(
                 self.blocks[start:layer],
-                x,
+                stream,
                 self.precision.compute,
                 None if drop is None else drop[start:layer],
                 queries if last else None,
             )
-            found.append(x if last or queries is None else tokens.take(x, queries))
+            stream = Stream(stream.settled())
+            found.append(stream.x if last or queries is None else tokens.take(stream.x, queries))
             start = layer
         return [self.norm(x) for x in found] if norm else found
 
@@ -242,3 +234,49 @@ class VisionTransformer(nn.Module):
         n = patches + self.prefix
         embed = 2 * patches * self.grid.row_length * self.width
         return embed + blocks_flops(self.blocks, n, n if queries is None else queries)
+
+
+def embed_tokens(
+    pixels: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    prefix: Tensor,
+    *,
+    grid: TokenGrid,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision,
+) -> Tensor:
+    """The residual stream in front of the first block, [B, P + n, D] in the residual dtype.
+
+    Args:
+        pixels: [B, T, H, W, C] uint8. rows: [B, n] int32, the patches that are seen; None for all N.
+        weight, bias: patch kernel [D, row_length] and its bias [D]. positions: [N, D], of the patches.
+        prefix: [P, D], the tokens in front of them, positions added.
+
+    Raises:
+        UserError: pixels of another shape than the grid's.
+    """
+    if pixels.dim() != 5 or tuple(pixels.shape[1:]) != grid.pixel_shape:
+        expected = ", ".join(map(str, grid.pixel_shape))
+        raise UserError(f"pixels: expected uint8 [B, {expected}], got {pixels.dtype} {list(pixels.shape)}")
+    fused = precision.compute == precision.residual  # else the sum must not be rounded to the compute dtype
+    x = tokens.embed_patches(
+        pixels,
+        rows,
+        weight,
+        bias,
+        positions if fused else None,
+        patch=grid.patch,
+        mean=mean,
+        std=std,
+        dtype=precision.compute,
+    )
+    if positions is not None and not fused:
+        x = x + (positions if rows is None else positions[rows.long()])
+    x = x.to(precision.residual)
+    if not prefix.shape[0]:
+        return x
+    return torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)

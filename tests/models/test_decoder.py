@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cohobate import kernels, models, random_plan
 from cohobate.errors import UserError
+from cohobate.kernels.backends import use_attention
 from cohobate.masking import MaskPlan
 from cohobate.models import Decoder, Precision, VisionTransformer
-from cohobate.models.attention import use_attention
 
 FP32 = Precision(torch.float32, torch.float32)
 

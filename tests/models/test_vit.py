@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cohobate import TokenGrid, kernels, models, random_plan
 from cohobate.errors import UserError
+from cohobate.kernels.backends import use_attention
 from cohobate.models import Precision, VisionTransformer
-from cohobate.models.attention import use_attention
 from cohobate.models.layers import DropPath
 
 FP32 = Precision(torch.float32, torch.float32)
@@ -184,7 +184,7 @@ def test_the_distributions_of_the_weights() -> None:
 def test_drop_path_keeps_the_mean_and_rises_linearly() -> None:
     drop = DropPath(0.4, 5)
     factors = drop(4096, torch.Generator().manual_seed(0))
-    assert factors is not None and factors.shape == (5, 2, 4096, 1, 1)
+    assert factors is not None and factors.shape == (5, 2, 4096)
     for i, rate in enumerate((0.0, 0.1, 0.2, 0.3, 0.4)):
         assert float((factors[i] == 0).double().mean()) == pytest.approx(rate, abs=0.03)  # 5 deviations of 8192 draws
         alive = factors[i][factors[i] > 0]
