@@ -3,7 +3,7 @@
     x = [prefix; patches E^T + b + positions]            then the embedding's norm, where there is one (CLIP)
     x = x + s1 * (softmax(q k^T / sqrt(d)) v W_o^T + b_o),   q, k, v = norm1(x) W_qkv^T + b_qkv
     x = x + s2 * mlp(norm2(x))
-    mlp(y) = act(y W_1^T + b_1) W_2^T + b_2,   or for swiglu  (silu(gate) * value) W_2^T + b_2,  [gate; value] = y W_1^T + b_1
+    mlp(y) = act(y W_1^T + b_1) W_2^T + b_2,   swiglu: (silu(gate) * value) W_2^T + b_2,  [gate; value] = y W_1^T + b_1
 
 :meth:`Anatomy.forward` is the specification in plain PyTorch, to which :class:`cohobate.teacher.FrozenTeacher` is held.
 """
@@ -120,6 +120,26 @@ class Anatomy:
     def to(self, **where: Any) -> Anatomy:
         """The same with every tensor moved (``device=``, ``dtype=``)."""
         return _moved(self, where)
+
+    def resized(self, grid: TokenGrid) -> Anatomy:
+        """The same for input of another size, cut by the same patches: the table of positions is interpolated.
+
+        Bicubic between the patches of a frame, antialiased, in fp32, as timm's ``resample_abs_pos_embed`` and DINOv2
+        with registers do it (DINOv2 without registers and the other transformers models do not antialias). Prefix
+        tokens keep their positions.
+
+        Raises:
+            UserError: another patch size, number of channels or number of frames.
+        """
+        if (grid.patch, grid.channels, grid.frames) != (self.grid.patch, self.grid.channels, self.grid.frames):
+            raise UserError(f"grid: expected {self.grid} in another height and width, got {grid}")
+        table = self.positions
+        if table is not None and grid.shape != self.grid.shape:
+            frames, rows, columns = self.grid.shape
+            x = table.float().view(frames, rows, columns, -1).permute(0, 3, 1, 2)
+            x = F.interpolate(x, size=grid.shape[1:], mode="bicubic", antialias=True)
+            table = x.permute(0, 2, 3, 1).reshape(grid.size, -1).to(table.dtype)
+        return replace(self, grid=grid, positions=table)
 
     @torch.no_grad()
     def forward(
