@@ -1,61 +1,145 @@
-"""A frozen teacher: computes only what the loss reads, and leaves no trace in the graph or among the parameters."""
+"""The frozen teacher's runtime: the exact features of a ViT, computing only the layers and rows that are read.
+
+Weights are prepared once: the affine part of a norm goes into the product behind it and a layer scale into the product
+before it (exact in real arithmetic, done in fp32), matrices are cast to the compute dtype and, on a CPU, laid out as
+oneDNN reads them. A call embeds the patches asked for straight from uint8, stops behind the last layer asked for, and
+in the last block computes queries, projection and MLP for the rows that are read alone. No autocast, no gradient; on
+CUDA a shape is captured in a graph and replayed (:mod:`.graphs`). :func:`cohobate.teacher.fp8.quantise` makes it fp8.
+
+:meth:`cohobate.teacher.anatomy.Anatomy.forward` is the reference.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cohobate.errors import UserError
+from cohobate.kernels import tokens
+from cohobate.kernels.backends import attend
+from cohobate.kernels.transformer import add_norm, add_norm_fp8
 from cohobate.models import Precision, VisionTransformer
+from cohobate.models.vit import embed_tokens
+from cohobate.teacher.anatomy import Affine, Anatomy, BlockWeights
+from cohobate.teacher.graphs import Replays, replayable
+from cohobate.teacher.product import Product, moved
+from cohobate.teacher.sources import own
 
 INITS = ("copy", "independent")
 
 
-class FrozenTeacher(nn.Module):
-    """A copy of a model whose weights are buffers: matrices cast once to the compute dtype, never trained.
+class Layer:
+    """The products of one block, folded and cast.
 
-    It stays in eval mode, keeps no block beyond the last layer asked for, and runs under ``no_grad`` (not
-    ``inference_mode``, whose tensors a loss may not save).
+    ``qkv_scale``, ``fc1_scale``: static scales of the float8 that those two read from the norms; None for no float8.
+    """
+
+    qkv_scale: float | None = None
+    fc1_scale: float | None = None
+
+    def __init__(self, block: BlockWeights, activation: str, dtype: torch.dtype) -> None:
+        self.qkv = Product(*_after_norm(block.norm1, block.qkv, block.qkv_bias), dtype)
+        self.proj = Product(*_before_scale(block.scale1, block.proj, block.proj_bias), dtype)
+        self.fc1 = Product(*_after_norm(block.norm2, block.fc1, block.fc1_bias), dtype, activation)
+        self.fc2 = Product(*_before_scale(block.scale2, block.fc2, block.fc2_bias), dtype)
+        self._split: tuple[Product, Product] | None = None
+
+    def split(self) -> tuple[Product, Product]:
+        """q alone, and k and v alone: for a block of which only some rows are read."""
+        if self._split is None:
+            width = self.qkv.weight.shape[1]
+            self._split = self.qkv.part(0, width), self.qkv.part(width, 3 * width)
+        return self._split
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Every weight to where ``fn`` puts it."""
+        self._split = None
+        for product in (self.qkv, self.proj, self.fc1, self.fc2):
+            product.move(fn)
+
+
+class FrozenTeacher(nn.Module):
+    """Features of a frozen ViT. It has no parameters, no buffers and no entry in any ``state_dict``.
+
+    It runs under ``no_grad`` (not ``inference_mode``, whose tensors a loss may not save).
 
     Args:
-        model: any of our encoders; it is copied and not changed.
+        source: an :class:`Anatomy`, or one of our encoders; its weights are copied.
         layers: which blocks' outputs are targets, 1-based and ascending; 0 is the embedding. Default: the last block.
-        precision: dtypes; default the model's.
+        precision: dtypes; default the encoder's, or bf16 with an fp32 residual stream.
+        cuda_graph: replay CUDA graphs, one a shape: True to raise if that fails, None (auto) to fall back and say so,
+            False not to. Off CUDA there are none.
+
+    Attributes:
+        name, grid, width, heads, prefix, mean, std: of the model. layers, precision, cuda_graph: as given.
 
     Raises:
         UserError: layers that are not ascending inside [0, depth].
     """
 
-    model: VisionTransformer
-
     def __init__(
-        self, model: VisionTransformer, layers: Sequence[int] | None = None, *, precision: Precision | None = None
+        self,
+        source: Anatomy | VisionTransformer,
+        layers: Sequence[int] | None = None,
+        *,
+        precision: Precision | None = None,
+        cuda_graph: bool | None = None,
     ) -> None:
         super().__init__()
-        self.layers = (model.depth,) if layers is None else tuple(layers)
+        if isinstance(source, VisionTransformer):
+            precision = precision or source.precision
+            source = own.read(source, "encoder")
+        self.precision = precision or Precision()
+        self.layers = (source.depth,) if layers is None else tuple(layers)
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise UserError(f"layers: expected ascending numbers, got {list(self.layers)}")
-        if self.layers[0] < 0 or self.layers[-1] > model.depth:
-            raise UserError(f"layers: expected numbers in [0, {model.depth}], got {list(self.layers)}")
-        model = copy.deepcopy(model)
-        del model.blocks[self.layers[-1] :]
-        model.depth = self.layers[-1]
-        model.precision = precision or model.precision
-        _freeze(model, model.precision.compute)
-        self.model = model
+        if self.layers[0] < 0 or self.layers[-1] > source.depth:
+            raise UserError(f"layers: expected numbers in [0, {source.depth}], got {list(self.layers)}")
+        self.name, self.grid, self.width, self.heads = source.name, source.grid, source.width, source.heads
+        self.prefix, self.mean, self.std, self.eps = source.prefix.shape[0], source.mean, source.std, source.eps
+        self.depth, self.activation = self.layers[-1], source.activation
+        self._fingerprint = _digest(source, self.layers)
+        compute, residual = self.precision.compute, self.precision.residual
+        self._tensors: dict[str, Any] = {
+            "patch": source.patch.to(compute, copy=True),
+            "patch_bias": _copy(source.patch_bias),
+            "prefix": source.prefix.to(residual, copy=True),
+            "positions": _copy(source.positions),
+        }
+        for name, affine in (("embed_norm", source.embed_norm), ("norm", source.norm)):
+            for part in ("weight", "bias"):
+                self._tensors[f"{name}.{part}"] = None if affine is None else _copy(getattr(affine, part))
+        self._blocks = [Layer(block, source.activation, compute) for block in source.blocks[: self.depth]]
+        self._checked = False
+        self.cuda_graph, self._replays = cuda_graph, Replays(required=bool(cuda_graph))
         self.train(False)
-
-    @property
-    def width(self) -> int:
-        """D_T, width of a target."""
-        return self.model.width
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Always eval."""
         return super().train(False)
+
+    @property
+    def precision_name(self) -> str:
+        """Such as "bfloat16" or "fp8 in 10 of 12 blocks, bfloat16"; "emulated fp8" where no card computes it."""
+        compute = str(self.precision.compute).removeprefix("torch.")
+        quantised = [block for block in self._blocks if block.qkv_scale is not None]
+        if not quantised:
+            return compute
+        kind = "fp8" if quantised[0].qkv.weight.is_cuda else "emulated fp8"
+        return f"{kind} in {len(quantised)} of {self.depth} blocks, {compute}"
+
+    def replace_blocks(self, blocks: Mapping[int, Layer]) -> None:
+        """Exchange the products of some blocks, counted from 1."""
+        self._blocks = [blocks.get(number, block) for number, block in enumerate(self._blocks, start=1)]
+        self._replays.clear()
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that follow from the weights and the layers; the same on every device and precision."""
+        return self._fingerprint
 
     @torch.no_grad()
     def forward(
@@ -71,12 +155,95 @@ class FrozenTeacher(nn.Module):
 
         Returns:
             [B, q or P + n, D_T] each, in the residual dtype, without a graph.
-        """
-        return self.model.intermediates(pixels, self.layers, rows, queries=queries, norm=norm)
 
-    def flops(self, queries: int) -> int:
-        """Multiply-adds x 2 of one sample, everything visible, ``queries`` rows read."""
-        return self.model.flops(queries=queries)
+        Raises:
+            UserError: pixels of another shape, or, in the first call, a layer whose features are not finite.
+        """
+        with torch.autocast(pixels.device.type, enabled=False):
+            if self.cuda_graph is not False and replayable(pixels):
+                return self._replays(self._compute, (pixels, rows, queries), norm)
+            return self._compute(pixels, rows, queries, norm)
+
+    def _compute(self, pixels: Tensor, rows: Tensor | None, queries: Tensor | None, norm: bool) -> list[Tensor]:
+        found = self._features(pixels, rows, queries, self.layers)
+        if not self._checked and type(pixels) is Tensor and not torch.compiler.is_compiling():
+            self._check(found)
+        return [self._normed("norm", x) for x in found] if norm else found
+
+    def _features(
+        self, pixels: Tensor, rows: Tensor | None, queries: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """Streams behind ``layers``, the last of which is the teacher's."""
+        x = embed_tokens(
+            pixels,
+            rows,
+            self._tensors["patch"],
+            self._tensors["patch_bias"],
+            self._tensors["positions"],
+            self._tensors["prefix"],
+            grid=self.grid,
+            mean=self.mean,
+            std=self.std,
+            precision=self.precision,
+        )
+        x = self._normed("embed_norm", x)
+        found = [x] if layers[0] == 0 else []
+        branch: Tensor | None = None
+        for number, block in enumerate(self._blocks, start=1):
+            last = number == self.depth
+            x, normed = self._add_norm(x, branch, block.qkv_scale)
+            if number - 1 in layers and number > 1:
+                found.append(x)
+            if last and queries is not None:
+                q, kv = block.split()
+                heads = attend(kv(normed), self.heads, q(tokens.take(normed, queries)))
+                x = tokens.take(x, queries)
+            else:
+                heads = attend(block.qkv(normed), self.heads)
+            x, normed = self._add_norm(x, block.proj(heads), block.fc1_scale)
+            branch = block.fc2(block.fc1(normed))
+        if branch is not None:
+            found.append((x + branch).to(x.dtype))
+        if queries is None:
+            return found
+        whole = len(found) if self.depth == 0 else len(found) - 1
+        return [tokens.take(x, queries) for x in found[:whole]] + found[whole:]
+
+    def _add_norm(self, x: Tensor, branch: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
+        if scale is not None:
+            return add_norm_fp8(x, branch, scale, eps=self.eps)
+        return add_norm(x, branch, eps=self.eps, dtype=self.precision.compute)
+
+    def _normed(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
+        return x if weight is None else add_norm(x, weight=weight, bias=bias, eps=self.eps)[1]
+
+    def _check(self, found: Sequence[Tensor]) -> None:
+        for layer, x in zip(self.layers, found, strict=True):
+            if not bool(x.isfinite().all()):
+                raise UserError(
+                    f"teacher: expected finite features, got inf or nan behind layer {layer} of {self.name}"
+                )
+        self._checked = True
+
+    def flops(self, queries: int | None = None, patches: int | None = None) -> int:
+        """Multiply-adds x 2 of one sample: ``patches`` visible (None: all), the last block for ``queries`` rows."""
+        patches = self.grid.size if patches is None else patches
+        n, width, total = patches + self.prefix, self.width, 2 * patches * self.grid.row_length * self.width
+        for number, block in enumerate(self._blocks, start=1):
+            rows = n if queries is None or number < self.depth else queries
+            mlp = block.fc1.weight.numel() + block.fc2.weight.numel()
+            total += 4 * width**2 * (n + rows) + 4 * rows * n * width + 2 * rows * mlp
+        return total
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTeacher:
+        """Move to a device; a change of dtype is not taken over, the precision is the teacher's own."""
+        self._tensors = {name: None if x is None else moved(x, fn) for name, x in self._tensors.items()}
+        for block in self._blocks:
+            block.move(fn)
+        self._replays.clear()
+        super()._apply(fn, recurse)
+        return self
 
 
 def from_student(
@@ -84,6 +251,7 @@ def from_student(
     *,
     init: str = "copy",
     depth: int | None = None,
+    precision: Precision | None = None,
     generator: torch.Generator | None = None,
 ) -> FrozenTeacher:
     """The teacher of a stage, out of a student: its weights as they are, or a network of its shape drawn independently.
@@ -94,6 +262,7 @@ def from_student(
         student: the model to start from; not changed.
         init: "copy" or "independent".
         depth: blocks of the teacher; 0 leaves a linear patch projection. Default the student's.
+        precision: dtypes; default the student's.
         generator: where "independent" draws from.
 
     Raises:
@@ -105,16 +274,46 @@ def from_student(
     if init == "copy":
         if not 0 <= depth <= student.depth:
             raise UserError(f"depth: expected a copy of 0 to {student.depth} blocks, got {depth}")
-        return FrozenTeacher(student, (depth,))
+        return FrozenTeacher(student, (depth,), precision=precision)
     model = student.like(depth=depth)
     model.reset(generator)
-    return FrozenTeacher(model.to(student.pos_embed.device))
+    return FrozenTeacher(model.to(student.pos_embed.device), precision=precision)
 
 
-def _freeze(module: nn.Module, compute: torch.dtype) -> None:
-    """Turn every parameter into a buffer of the same name; matrices take the compute dtype, the rest stays fp32."""
-    for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            matrix = parameter.dim() > 1 and name == "weight"
-            del child._parameters[name]
-            child.register_buffer(name, parameter.detach().to(compute if matrix else parameter.dtype))
+def _after_norm(norm: Affine, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y g + b) W^T + c = y (W diag(g))^T + (W b + c)."""
+    shift = weight @ norm.bias
+    return weight * norm.weight, shift if bias is None else shift + bias
+
+
+def _before_scale(scale: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """s (y W^T + c) = y (diag(s) W)^T + s c."""
+    if scale is None:
+        return weight, bias
+    return weight * scale[:, None], None if bias is None else bias * scale
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _digest(source: Anatomy, layers: Sequence[int]) -> str:
+    """Of every weight that the features of these layers depend on, in their own bits."""
+    digest = hashlib.sha256(
+        repr((layers, source.activation, source.heads, source.eps, source.mean, source.std)).encode()
+    )
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor) and part.is_meta:  # a shape without values
+            digest.update(repr(part.shape).encode())
+        elif isinstance(part, Tensor):
+            digest.update(part.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+        elif isinstance(part, (tuple, list)):
+            for member in part:
+                add(member)
+        elif isinstance(part, BlockWeights):
+            add(list(vars(part).values()))
+
+    add([source.patch, source.patch_bias, source.prefix, source.positions, source.embed_norm, source.norm])
+    add(source.blocks[: layers[-1]])
+    return digest.hexdigest()[:16]
