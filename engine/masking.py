@@ -21,6 +21,8 @@ from cohobate.tokens import TokenGrid
 ROUNDINGS = ("keep", "mask")
 # The stream word of the random numbers: 10 bits of stage, 22 bits of epoch.
 _STAGE_BITS, _EPOCH_BITS = 10, 22
+# From one view's seed to the next: odd, so that no two of 2**64 views share one.
+_NEXT_VIEW = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,9 @@ def random_plan(
     teacher_ratio: float | None = None,
     rounding: str = "keep",
     tube: bool = False,
+    masks: int = 1,
 ) -> MaskPlan:
-    """Random masks, a pure function of (seed, stage, epoch, sample id): batch, worker and rank do not matter.
+    """Random masks, a pure function of (seed, stage, epoch, sample id, view): batch, worker and rank do not matter.
 
     Args:
         grid: the token grid.
@@ -164,14 +167,17 @@ def random_plan(
         teacher_ratio: share hidden from the teacher, at most ``ratio``; None or 0 shows it everything.
         rounding: "keep" or "mask", see :func:`kept`.
         tube: the same spatial mask in every frame (VideoMAE, Tong et al., NeurIPS 2022); counts round per frame.
+        masks: M, independent masks of each sample. Whatever M is, view 0 is what a single mask would be.
 
     Returns:
-        A plan whose segments ascend (raster order).
+        A plan of [M * B, N] whose segments ascend (raster order): all samples of view 0, then all of view 1, ...
 
     Raises:
-        UserError: a ratio that leaves the student nothing, a teacher that would see less than the student, or a stage
-            or epoch out of range.
+        UserError: a ratio that leaves the student nothing, a teacher that would see less than the student, a stage or
+            epoch out of range, or no mask at all.
     """
+    if masks < 1:
+        raise UserError(f"masks: expected at least 1, got {masks}")
     for name, value, bits in (("stage", stage, _STAGE_BITS), ("epoch", epoch, _EPOCH_BITS)):
         if not 0 <= value < 1 << bits:
             raise UserError(f"{name}: expected a number in [0, 2**{bits}), got {value}")
@@ -181,7 +187,10 @@ def random_plan(
     places = grid.size // frames
     student = kept(places, ratio, rounding)
     teacher = places if teacher_ratio is None else kept(places, teacher_ratio, rounding)
-    order = random_order(sample_ids, places, seed=seed, stream=stage << _EPOCH_BITS | epoch)
+    stream = stage << _EPOCH_BITS | epoch
+    seeds = [seed, *((seed + view * _NEXT_VIEW) % (1 << 64) for view in range(1, masks))]
+    orders = [random_order(sample_ids, places, seed=view, stream=stream) for view in seeds]
+    order = orders[0] if masks == 1 else torch.cat(orders)
     segments = [part.sort(dim=1).values for part in order.tensor_split([student, teacher], dim=1)]
     if tube:
         offsets = torch.arange(frames, dtype=torch.int32, device=order.device).view(1, -1, 1) * places

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cohobate import MaskPlan, TokenGrid, random_plan
 from cohobate.errors import UserError
+from cohobate.kernels.tokens import random_order
 from cohobate.masking import kept
 
 GRID = TokenGrid.image(224, 16)
@@ -94,6 +95,23 @@ def test_no_two_epochs_of_any_stage_share_masks() -> None:
     assert len(orders) == 64
 
 
+@pytest.mark.parametrize("seed", [5, -3, 2**64 - 1])
+def test_several_masks_of_a_sample(seed: int) -> None:
+    """View 0 is the single mask, bit for bit; further views are functions of the sample too, and are not alike."""
+    plan, one = plan_of(masks=3, seed=seed), plan_of(seed=seed)
+    assert_well_formed(plan)
+    views, drawn = plan.order.chunk(3), random_order(IDS, 196, seed=seed, stream=1 << 22 | 9)
+    assert torch.equal(one.visible, drawn[:, :49].sort(dim=1).values)  # so that old runs can be repeated
+    assert plan.order.shape == (3 * len(IDS), 196) and torch.equal(views[0], one.order)
+    assert (plan.student, plan.teacher) == (one.student, one.teacher)
+    assert len({row.numpy().tobytes() for row in plan.order}) == 3 * len(IDS)
+    assert torch.equal(plan_of(IDS[2:3], masks=3, seed=seed).order, torch.stack([view[2] for view in views]))
+    assert torch.equal(plan_of(masks=2, seed=seed).order, plan.order[: 2 * len(IDS)])
+    # of 49 visible tokens two independent masks share a quarter: about 12, and never half
+    shared = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(views[0][:, :49], views[1][:, :49], strict=True)]
+    assert all(2 < count < 25 for count in shared)
+
+
 def test_masks_are_uniform() -> None:
     """Every token is visible equally often: 4096 samples, 6 standard deviations of a binomial share."""
     plan = plan_of(torch.arange(4096))
@@ -130,6 +148,7 @@ def test_boolean_masks_that_do_not_fit() -> None:
         ({"ratio": -0.1}, "ratio: expected a mask ratio in"),
         ({"ratio": 0.999}, "ratio: .*leaves at least 1 of 196"),
         ({"teacher_ratio": 0.8}, "teacher_ratio: expected at most"),
+        ({"masks": 0}, "masks: expected at least 1, got 0"),
         ({"rounding": "floor"}, "rounding: expected one of keep, mask"),
         ({"stage": 2**10}, "stage: expected"),
         ({"epoch": -1}, "epoch: expected"),

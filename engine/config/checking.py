@@ -41,7 +41,10 @@ def check(config: Config) -> Config:
         for key in stage.set:
             section = key.split(".")[0]
             _expect(section in STAGE_SECTIONS, f"{where}.set", f"keys of {', '.join(STAGE_SECTIONS)}", key)
-        _check_sections(for_stage(config, index))
+        seen = for_stage(config, index)
+        _check_sections(seen)
+        one = stage.method != "mae" or seen.mask.masks == 1
+        _expect(one, f"{where}.set.mask.masks", "1, for method mae has no teacher to share", seen.mask.masks)
     _check_sections(config)
     return config
 
@@ -56,20 +59,35 @@ def _check_sources(config: Config, index: int, where: str) -> None:
         _expect(
             teacher.source != "none",
             f"{where}.teacher.source",
-            "random, previous or file for method dbot",
+            "random, previous, file or model for method dbot",
             teacher.source,
         )
     if index == 0:
         _expect(
-            teacher.source != "previous", f"{where}.teacher.source", "random or file in the first stage", teacher.source
+            teacher.source != "previous",
+            f"{where}.teacher.source",
+            "random, file or model in the first stage",
+            teacher.source,
         )
         _expect(student.init != "previous", f"{where}.student.init", "fresh or file in the first stage", student.init)
     if teacher.source == "file":
         _expect(bool(teacher.path), f"{where}.teacher.path", "a path, for teacher.source is file", teacher.path)
+    if teacher.source == "model":
+        _expect(bool(teacher.spec), f"{where}.teacher.spec", "what to load, for teacher.source is model", teacher.spec)
     if student.init == "file":
         _expect(bool(student.path), f"{where}.student.path", "a path, for student.init is file", student.path)
     if teacher.depth is not None:
         _expect(teacher.depth >= 0, f"{where}.teacher.depth", "0 or more", teacher.depth)
+    if teacher.layer is not None:
+        _expect(teacher.layer >= 1, f"{where}.teacher.layer", "1 or more (depth=0 is the embedding)", teacher.layer)
+        _expect(teacher.depth is None, f"{where}.teacher.layer", "null where teacher.depth is given", teacher.layer)
+    if teacher.source in ("none", "random"):
+        _expect(
+            teacher.resize == "none",
+            f"{where}.teacher.resize",
+            f"none, for teacher.source is {teacher.source}",
+            teacher.resize,
+        )
 
 
 def _check_sections(config: Config) -> None:
@@ -111,6 +129,7 @@ def _check_sections(config: Config) -> None:
         f"a ratio that keeps 1 to {tokens - 1} of {tokens} tokens",
         f"{mask.ratio}, which keeps {kept}",
     )
+    _expect(mask.masks > 0, "mask.masks", "more than 0", mask.masks)
     _expect(optimizer.accumulate > 0, "optimizer.accumulate", "more than 0", optimizer.accumulate)
     _expect(optimizer.clip is None or optimizer.clip > 0, "optimizer.clip", "null or more than 0", optimizer.clip)
     _expect(optimizer.max_bad_steps > 0, "optimizer.max_bad_steps", "more than 0", optimizer.max_bad_steps)

@@ -70,6 +70,8 @@ class MaskConfig:
     ratio: float = 0.75
     rounding: Literal["keep", "mask"] = "keep"
     """keep: floor(N(1-ratio)) patches are seen (MAE, dBOT); mask: floor(ratio N) are hidden (VideoMAE, AMD)."""
+    masks: int = 1
+    """Masks of each crop in an update (dbot): the teacher runs once for all of them, the student on each."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,22 @@ class MaeConfig:
 class TeacherConfig:
     """Where a stage's frozen teacher comes from."""
 
-    source: Literal["none", "random", "previous", "file"] = "none"
-    """random: untrained; previous: the student of the stage before; file: an export of this package (`path`)."""
+    source: Literal["none", "random", "previous", "file", "model"] = "none"
+    """random: untrained; previous: the student of the stage before; file: an export (`path`); model: any ViT, as `spec`
+    says."""
     init: Literal["copy", "independent"] = "copy"
     """For source=random: the student's own initial weights (dBOT), or another draw."""
     depth: int | None = None
     """Blocks kept; 0 leaves patch embedding and positions (dBOT's first teacher for ViT-L and ViT-H). None: all."""
+    layer: int | None = None
+    """The block whose output is the target, 1-based; nothing behind it runs. None: the last. The same as `depth`."""
     path: str | None = None
+    """For source=file: an export's folder, or a run's."""
+    spec: str | None = None
+    """For source=model: timm:NAME, hf:FOLDER_OR_ID, random:vit_small?seed=1, or an export's folder."""
+    resize: Literal["none", "positions", "pixels"] = "none"
+    """How a teacher of another size comes to the student's tokens: it interpolates its positions, or gets pixels of
+    its own size."""
 
 
 @dataclass(frozen=True)

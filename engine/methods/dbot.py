@@ -4,6 +4,9 @@ The student sees ``plan.visible``; the teacher sees the whole image. The target 
 teacher's last block, without the final norm, standardised per token; the loss is smooth-L1 with beta 2 over the hidden
 patches and the cls token. Only what the loss reads is computed: the last decoder block, the head and the last teacher
 block run for the counted rows alone, which changes no number.
+
+A plan may hold several masks of each crop. The teacher then runs once on the crops, for all rows, and student and
+decoder run on every view; the loss is the mean of the single masks' losses, exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from cohobate.kernels.alignment.align import standardise_reference
 from cohobate.masking import MaskPlan
 from cohobate.methods.objective import AlignTerm, HasPixels, StepLoss, objective
 from cohobate.models import Decoder, VisionTransformer
-from cohobate.teacher import FrozenTeacher
+from cohobate.teacher import OriginalTeacher, Teacher
 
 PUBLISHED = Standardise(ddof=1, eps=1e-6, eps_inside=True)
 
@@ -45,7 +48,7 @@ class DBOT(nn.Module):
     Args:
         student: the encoder being trained.
         decoder: with ``out`` equal to the teacher's width.
-        teacher: frozen, on the same token grid; one layer.
+        teacher: frozen, on the same token grid, of any width; one layer. Its cls token, if that counts, is its row 0.
         options: see :class:`DBOTOptions`.
 
     Raises:
@@ -56,7 +59,7 @@ class DBOT(nn.Module):
         self,
         student: VisionTransformer,
         decoder: Decoder,
-        teacher: FrozenTeacher,
+        teacher: Teacher,
         options: DBOTOptions | None = None,
     ) -> None:
         super().__init__()
@@ -66,22 +69,24 @@ class DBOT(nn.Module):
             raise UserError("cls: expected a student with a cls token, or cls=False")
         self.set_teacher(teacher)
 
-    def set_teacher(self, teacher: FrozenTeacher) -> None:
+    def set_teacher(self, teacher: Teacher) -> None:
         """Swap the teacher, as at a stage boundary.
 
         Raises:
-            UserError: a teacher of another grid, width or number of layers.
+            UserError: a teacher of another grid, width or number of layers, or without a cls token or norm that counts.
         """
-        if teacher.model.grid != self.student.grid:
-            raise UserError(f"teacher: expected the student's grid {self.student.grid}, got {teacher.model.grid}")
+        if teacher.grid != self.student.grid:
+            raise UserError(f"teacher: expected the student's grid {self.student.grid}, got {teacher.grid}")
         if teacher.width != self.decoder.out:
             raise UserError(
                 f"teacher: expected the width of the decoder's head {self.decoder.out}, got {teacher.width}"
             )
         if len(teacher.layers) != 1:
             raise UserError(f"teacher: expected one target layer, got {list(teacher.layers)}")
-        if self.options.cls and not teacher.model.prefix:
+        if self.options.cls and not teacher.prefix:
             raise UserError("cls: expected a teacher with a cls token, or cls=False")
+        if self.options.target_norm and isinstance(getattr(teacher, "teacher", teacher), OriginalTeacher):
+            raise UserError(f"target_norm: expected False, for {teacher.name} runs as it is and offers no final norm")
         self.teacher = teacher
 
     def counted(self, plan: MaskPlan, prefix: int) -> Tensor:
@@ -120,27 +125,35 @@ class DBOT(nn.Module):
 
         Args:
             batch: ``batch.pixels`` uint8 [B, T, H, W, C].
-            plan: what the student sees; the teacher sees everything.
+            plan: what the student sees; the teacher sees everything. [B, N], or M masks a sample, [M * B, N] with the
+                views one after the other (``random_plan(masks=M)``).
             generator: where drop path draws from.
             signals: add "target/std", the spread of the raw target over tokens, mean over channels: 0 says that the
-                teacher gives every token the same target.
+                teacher gives every token the same target. Over the counted tokens, with several masks over all.
 
         Returns:
             terms: "loss/align".
+
+        Raises:
+            UserError: a plan for another number of samples, or one that :meth:`counted` refuses.
         """
-        pixels, options = batch.pixels, self.options
-        (target,) = self.teacher(
-            pixels, queries=self.counted(plan, self.teacher.model.prefix), norm=options.target_norm
-        )
+        pixels, options, masks = batch.pixels, self.options, len(plan.order) // max(len(batch.pixels), 1)
+        if len(plan.order) != masks * len(pixels) or not masks:
+            raise UserError(f"plan: expected {len(pixels)} samples or a multiple, got {len(plan.order)}")
+        rows = self.counted(plan, self.teacher.prefix)
+        (target,) = self.teacher(pixels, queries=rows if masks == 1 else None, norm=options.target_norm)
+        if masks > 1:
+            pixels = pixels.repeat(masks, 1, 1, 1, 1)
         encoded = self.student(pixels, plan.visible, generator=generator)
         prediction = self.decoder(encoded, plan, self.counted(plan, self.student.prefix), generator=generator)
         term = AlignTerm(
             "loss/align",
-            [prediction],
-            [target],
+            [prediction] if masks == 1 else prediction.chunk(masks),
+            [target] * masks,
             loss=options.loss,
             beta=options.beta,
             standardise=options.standardise,
+            target_rows=None if masks == 1 else rows.chunk(masks),
         )
         spread = {"target/std": target.float().flatten(0, 1).std(0).mean()} if signals else None
         return objective([term], spread)
@@ -149,13 +162,13 @@ class DBOT(nn.Module):
     def targets(self, batch: HasPixels) -> Tensor:
         """The targets of all patches, [B, N, D_T] fp32, standardised as in the loss: for pictures."""
         (target,) = self.teacher(batch.pixels, norm=self.options.target_norm)
-        target = target[:, self.teacher.model.prefix :].float()
+        target = target[:, self.teacher.prefix :].float()
         standardise = self.options.standardise
         return target if standardise is None else standardise_reference(target, standardise)
 
-    def flops(self, plan: MaskPlan) -> int:
-        """Multiply-adds x 2 of one sample's step: teacher forward, student and decoder forward and backward."""
+    def flops(self, plan: MaskPlan, masks: int = 1) -> int:
+        """Multiply-adds x 2 of one crop's step: teacher forward, and a forward and backward of the rest a mask."""
         counted = plan.tokens - plan.student + int(self.options.cls)
         trained = self.student.flops(plan.student) + self.decoder.flops(plan.student, counted)
         no_gradient = 2 * plan.student * self.student.grid.row_length * self.student.width  # pixels need none
-        return self.teacher.flops(counted) + 3 * trained - no_gradient
+        return self.teacher.flops(counted if masks == 1 else None) + masks * (3 * trained - no_gradient)

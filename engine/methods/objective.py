@@ -30,7 +30,11 @@ class StepLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class AlignTerm:
-    """weight * mean over layers of loss(prediction, target), [B, n, D_T] each, rows already chosen."""
+    """weight * mean over layers of loss(prediction, target), predictions [B, n, D_T] each, rows already chosen.
+
+    ``target_rows``: where those rows stand in each target [B, R, D_T], int32 [B, n] a layer; None if they are chosen
+    already. A target may stand in several layers, with rows of their own: it is read where it lies, never copied.
+    """
 
     name: str
     predictions: Sequence[Tensor]
@@ -39,12 +43,13 @@ class AlignTerm:
     loss: str = "smooth_l1"
     beta: float = 2.0
     standardise: Standardise | None = None
+    target_rows: Sequence[Tensor] | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Terms of the same kind can share a launch."""
         shapes = {tuple(p.shape) for p in self.predictions}
-        return self.loss, self.beta, self.standardise, tuple(sorted(shapes))
+        return self.loss, self.beta, self.standardise, self.target_rows is None, tuple(sorted(shapes))
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,12 @@ def objective(terms: Sequence[AlignTerm | PixelTerm], signals: dict[str, Tensor]
     aligned = sorted((term for term in terms if isinstance(term, AlignTerm)), key=lambda term: str(term.kind))
     for _, same in groupby(aligned, key=lambda term: str(term.kind)):
         group = list(same)
+        target_rows = [r for term in group for r in term.target_rows or ()]
         result = align_loss(
             [p for term in group for p in term.predictions],
             [t for term in group for t in term.targets],
             prediction_rows=None,
-            target_rows=None,
+            target_rows=target_rows or None,
             loss=group[0].loss,
             beta=group[0].beta,
             standardise=group[0].standardise,

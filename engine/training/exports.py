@@ -1,4 +1,7 @@
-"""Weights for others: safetensors with timm's key names, and a config.json to rebuild the encoder from."""
+"""Weights for others: safetensors with timm's key names, and a config.json to rebuild the encoder from.
+
+Reading them back is :mod:`cohobate.teacher.sources.own`'s, for an export is a teacher's source too.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from cohobate.errors import UserError
-from cohobate.models import SIZES, Precision, VisionTransformer
-from cohobate.tokens import TokenGrid
+from cohobate.models import SIZES, VisionTransformer
+from cohobate.teacher.sources.own import CONFIG, WEIGHTS, find_export, load_encoder
 
-ENCODER, DECODER, CONFIG = "model.safetensors", "decoder.safetensors", "config.json"
+__all__ = ["export", "find_export", "load_encoder", "read_config"]
+
+DECODER = "decoder.safetensors"
 
 
 def export(
@@ -31,7 +34,7 @@ def export(
     ``timm.create_model("local-dir:<folder>")`` reads the encoder where its sizes are ones that timm can build.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _save(folder / ENCODER, encoder)
+    _save(folder / WEIGHTS, encoder)
     if decoder is not None:
         _save(folder / DECODER, decoder)
     text = json.dumps(describe(encoder, interpolation) | {"cohobate": about}, indent=1)
@@ -85,21 +88,6 @@ def describe(encoder: VisionTransformer, interpolation: str = "bicubic") -> dict
     }
 
 
-def find_export(path: str | Path) -> Path:
-    """The export folder meant by ``path``: itself, or the last stage's of a run folder.
-
-    Raises:
-        UserError: neither.
-    """
-    folder = Path(path)
-    if (folder / ENCODER).is_file() and (folder / CONFIG).is_file():
-        return folder
-    found = [file.parent for file in folder.glob(f"exports/*/{ENCODER}")]
-    if not found:
-        raise UserError(f"weights: expected a run folder or an export with {ENCODER} and {CONFIG}, got {str(path)!r}")
-    return max(found, key=lambda item: int(item.name.split("-")[0]))
-
-
 def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of an export, or of the last export of a run folder.
 
@@ -108,47 +96,3 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     settings: dict[str, Any] = json.loads((find_export(path) / CONFIG).read_text(encoding="utf-8"))
     return settings
-
-
-def load_encoder(path: str | Path, precision: Precision | None = None) -> VisionTransformer:
-    """Rebuild an encoder from an export, or from the last export of a run folder; every key must fit.
-
-    Raises:
-        UserError: no export at ``path``, or one whose keys or shapes do not fit.
-    """
-    folder, settings = find_export(path), read_config(path)
-    shape, shown = settings["model_args"], settings["pretrained_cfg"]
-    height, width = shape["img_size"]
-    encoder = VisionTransformer(
-        TokenGrid(1, height, width, (1, *shape["patch_size"]), shape["in_chans"]),
-        shape["embed_dim"],
-        shape["depth"],
-        shape["num_heads"],
-        shape["mlp_ratio"],
-        shape["class_token"],
-        precision=precision,
-        mean=shown["mean"],
-        std=shown["std"],
-    )
-    load_weights(encoder, folder / ENCODER)
-    return encoder
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Copy a safetensors file into ``module``, strictly.
-
-    Raises:
-        UserError: missing, unexpected or wrongly shaped keys; the message lists the first of them.
-    """
-    found, wanted = load_file(str(path)), module.state_dict()
-    problems = [f"{key} is missing" for key in wanted if key not in found]
-    problems += [f"{key} is unexpected" for key in found if key not in wanted]
-    for key in wanted.keys() & found.keys():
-        if wanted[key].shape != found[key].shape:
-            problems.append(f"{key} has shape {list(found[key].shape)}, not {list(wanted[key].shape)}")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"weights: expected the keys of this model in {path}, got: {'; '.join(problems[:3])}{more}")
-    with torch.no_grad():
-        for key, tensor in wanted.items():
-            tensor.copy_(found[key])

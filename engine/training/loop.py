@@ -126,7 +126,8 @@ class Run:
         )
         for index, stage in enumerate(self.config.stages):
             schedule = self.manager.schedule(index)
-            source = "" if stage.method == "mae" else f", teacher {stage.teacher.source}"
+            named = stage.teacher.spec if stage.teacher.source == "model" else stage.teacher.source
+            source = "" if stage.method == "mae" else f", teacher {named}"
             self.console.say(
                 f"stage {index + 1} {stage.name}: {stage.method}{source}, {schedule.steps} updates, "
                 f"peak rate {schedule.peak:.2e}"
@@ -261,10 +262,18 @@ class Run:
         state = checkpoints.training_state(stage.trained, stage.updater.optimizer)
         state["updater"] = stage.updater.counters()
         place = {key: self.progress[key] for key in ("stage", "stage_step", "step")}
-        self.checkpoints.save(self.progress["step"], state, place | self.identity)
+        self.checkpoints.save(self.progress["step"], state, place | self.identity | {"teacher": stage.teacher})
         self.clock.mark("checkpoint")
 
     def _restore(self, stage: Stage, point: Path) -> None:
+        expected = checkpoints.read_progress(point).get("teacher")
+        # With the published unsynchronised reset every rank may have drawn another one; the first rank's is noted.
+        mine = self.ranks.first or not self.config.compat.unsynchronised_reset
+        if mine and stage.teacher != expected:
+            raise UserError(
+                f"resume: stages.{stage.index} ({stage.name}): expected the teacher {expected} that {point} was made "
+                f"with, got {stage.teacher}: its weights have changed"
+            )
         state = checkpoints.training_state(stage.trained, stage.updater.optimizer)
         state["updater"] = stage.updater.counters()
         checkpoints.load(point, state, self.ranks)

@@ -24,7 +24,7 @@ from cohobate.kernels.alignment import Standardise
 from cohobate.masking import random_plan
 from cohobate.methods import DBOT, MAE, DBOTOptions, MAEOptions
 from cohobate.models import Decoder, Precision, VisionTransformer, build
-from cohobate.teacher import FrozenTeacher, from_student
+from cohobate.teacher import Teacher, from_student, load_teacher
 from cohobate.training.distributed import Ranks, barrier, derive_seed
 from cohobate.training.exports import CONFIG, export, find_export, load_encoder
 from cohobate.training.optimizer import Updater
@@ -59,11 +59,16 @@ class Stage:
 
     @property
     def flops(self) -> int:
-        """FLOPs of one training sample."""
+        """FLOPs of one image that the loader gives, with all its masks."""
         grid, mask = self.method.student.grid, self.config.mask
         ids = torch.zeros(1, dtype=torch.int64)
         plan = random_plan(grid, ids, seed=0, stage=0, epoch=0, ratio=mask.ratio, rounding=mask.rounding)
-        return self.method.flops(plan)
+        return self.method.flops(plan, mask.masks) if isinstance(self.method, DBOT) else self.method.flops(plan)
+
+    @property
+    def teacher(self) -> str | None:
+        """Fingerprint of the teacher; None where there is none."""
+        return self.method.teacher.fingerprint() if isinstance(self.method, DBOT) else None
 
 
 def stage_steps(config: Config, updates_per_epoch: int) -> list[int]:
@@ -94,7 +99,9 @@ class StageManager:
         self.updates_per_epoch = updates_per_epoch
         self.steps = stage_steps(config, updates_per_epoch)
         for index in range(len(self.steps)):
-            self.schedule(index)  # one that cannot be fails before the first stage is trained
+            self.schedule(index)  # what cannot be fails before the first stage is trained
+            if index > 0 and config.stages[index].teacher.source in ("file", "model"):
+                self._method(index, build_encoder(configuration.for_stage(config, index)))
 
     def export_folder(self, index: int) -> Path:
         """Where stage ``index`` is exported to."""
@@ -137,16 +144,7 @@ class StageManager:
             UserError: parts that do not fit together, or a teacher or student that cannot be read.
         """
         config, stage = configuration.for_stage(self.config, index), self.config.stages[index]
-        student = self.initial_student(index)
-        generator = self._generator("decoder", index)
-        if stage.method == "mae":
-            decoder = _decoder(student, None, config, generator)
-            method: DBOT | MAE = MAE(student, decoder, MAEOptions(norm_pix=config.mae.normalise))
-        else:
-            teacher = self._teacher(index, student, config)
-            decoder = _decoder(student, teacher.width, config, generator)
-            method = DBOT(student, decoder, teacher, _dbot_options(config))
-        method.to(self.ranks.device).train()
+        method = self._method(index, self.initial_student(index)).to(self.ranks.device).train()
         module: nn.Module = method
         if self.ranks.many:
             # Sends the first rank's weights to all. Buffers (the teacher) are not sent again at every step.
@@ -180,21 +178,33 @@ class StageManager:
         rank = [self.ranks.rank] if self._unsynchronised(index) else []
         return torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, index, *rank))
 
-    def _teacher(self, index: int, student: VisionTransformer, config: Config) -> FrozenTeacher:
-        settings = config.stages[index].teacher
+    def _method(self, index: int, student: VisionTransformer) -> DBOT | MAE:
+        config, generator = configuration.for_stage(self.config, index), self._generator("decoder", index)
+        if config.stages[index].method == "mae":
+            return MAE(student, _decoder(student, None, config, generator), MAEOptions(norm_pix=config.mae.normalise))
+        teacher = self._teacher(index, student)
+        return DBOT(student, _decoder(student, teacher.width, config, generator), teacher, _dbot_options(config))
+
+    def _teacher(self, index: int, student: VisionTransformer) -> Teacher:
+        config, settings = self.config, self.config.stages[index].teacher
         precision = Precision(_DTYPES[config.precision.teacher], _DTYPES[config.precision.residual])
-        generator = self._generator("teacher", index)
-        if settings.source == "random":
-            teacher = from_student(student, init=settings.init, depth=settings.depth, generator=generator)
-            return (
-                FrozenTeacher(teacher.model, precision=precision) if teacher.model.precision != precision else teacher
+        layer = settings.depth if settings.layer is None else settings.layer
+        spec: str | Path = Path(str(settings.path)) if settings.source == "file" else str(settings.spec)
+        if settings.source == "previous":
+            spec = self.export_folder(index - 1)
+        try:
+            if settings.source == "random":
+                generator = self._generator("teacher", index)
+                return from_student(student, init=settings.init, depth=layer, precision=precision, generator=generator)
+            return load_teacher(
+                spec,
+                student.grid,
+                layers=None if layer is None else (layer,),
+                resize=None if settings.resize == "none" else settings.resize,
+                precision=precision,
             )
-        path = self.export_folder(index - 1) if settings.source == "previous" else Path(str(settings.path))
-        model = load_encoder(path)
-        depth = model.depth if settings.depth is None else settings.depth
-        if depth > model.depth:
-            raise UserError(f"stages.{index}.teacher.depth: expected at most {model.depth}, got {depth}")
-        return FrozenTeacher(model, (depth,), precision=precision)
+        except UserError as error:
+            raise UserError(f"stages.{index}.teacher.{error}") from None
 
 
 def _no_buffer_sync() -> dict[str, Any]:

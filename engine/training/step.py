@@ -65,6 +65,7 @@ class Step:
             epoch=epoch,
             ratio=config.mask.ratio,
             rounding=config.mask.rounding,
+            masks=config.mask.masks,
         )
         generator = None
         if self._drops:

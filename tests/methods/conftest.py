@@ -15,10 +15,11 @@ from cohobate.benchmarks.reference import dbot, mae, vit
 from cohobate.masking import MaskPlan
 from cohobate.methods import DBOT, MAE, DBOTOptions, MAEOptions
 from cohobate.models import Decoder, Precision, VisionTransformer
-from cohobate.teacher import from_student
+from cohobate.teacher import FrozenTeacher, from_student
 
 FP32 = Precision(torch.float32, torch.float32)
 BATCH, ROWS, COLUMNS, PATCH, WIDTH, DEPTH, HEADS = 3, 4, 6, 8, 48, 3, 4
+TEACHER = 5  # seed of its weights
 
 
 @dataclass
@@ -50,7 +51,7 @@ def decoder(encoder: VisionTransformer, out: int | None = None) -> Decoder:
 
 def dbot_method(options: DBOTOptions | None = None, precision: Precision = FP32, **changes: object) -> DBOT:
     encoder = student(precision, **changes)
-    teacher = from_student(encoder, init="independent", generator=torch.Generator().manual_seed(5))
+    teacher = from_student(encoder, init="independent", generator=torch.Generator().manual_seed(TEACHER))
     return DBOT(encoder, decoder(encoder, teacher.width), teacher, options)
 
 
@@ -71,11 +72,19 @@ def literal_decoder(weights: dict[str, Tensor], out: int) -> vit.Decoder:
     return twin
 
 
+def teacher_model(method: DBOT) -> VisionTransformer:
+    """What :func:`dbot_method`'s teacher was made from: it was drawn independently of the student."""
+    model = method.student.like(depth=method.teacher.depth)
+    model.reset(torch.Generator().manual_seed(TEACHER))
+    assert FrozenTeacher(model).fingerprint() == method.teacher.fingerprint()
+    return model
+
+
 def literal_dbot(method: DBOT, **changes: object) -> dbot.DBOT:
     return dbot.DBOT(
         literal_encoder(method.student.state_dict()),
         literal_decoder(method.decoder.state_dict(), method.decoder.out),
-        literal_encoder(method.teacher.model.state_dict()),
+        literal_encoder(teacher_model(method).state_dict()),
         **changes,  # type: ignore[arg-type]
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from cohobate.kernels import tokens
 from cohobate.kernels.alignment import Standardise
 from cohobate.methods import DBOT, DBOTOptions
 from cohobate.models import Decoder, Precision
-from cohobate.teacher import FrozenTeacher, from_student
+from cohobate.teacher import FrozenTeacher, from_student, load_source
 
 # fp32 against fp32: the same sums in another order. The loss is one number, a gradient a sum over many rows.
 LOSS, GRADIENT = 1e-6, 1e-5
@@ -54,6 +56,83 @@ def test_bf16_is_as_near_to_fp32_as_the_literal_autocast(parts: Any) -> None:
     literal_error, our_error = parts.relative(flat[1], flat[0]), parts.relative(flat[2], flat[0])
     assert our_error < 1.2 * literal_error
     assert abs(float((ours / truth).detach()) - 1) < 5e-3
+
+
+@pytest.mark.parametrize("masks", [2, 9])  # 9 layers do not fit one launch of the loss
+def test_several_masks_are_the_mean_of_single_ones(parts: Any, masks: int) -> None:
+    """One pass of the teacher serves all masks of a crop: targets, loss and gradients are those of single steps."""
+    method = parts.dbot_method()
+    plan, batch = parts.plan(method.student.grid, masks=masks), parts.batch()
+    seen = spy_on(method)
+    step = method.loss(batch, plan)
+    step.total.backward()
+    assert [len(pixels) for pixels in seen] == [parts.BATCH]
+    got = {name: gradient.clone() for name, gradient in parts.gradients(method).items()}
+    method.zero_grad()
+    singles = [
+        method.loss(batch, masking.MaskPlan(order, plan.student, plan.teacher)) for order in plan.order.chunk(masks)
+    ]
+    mean = torch.stack([single.total for single in singles]).mean()
+    assert len({float(single.total.detach()) for single in singles}) == masks
+    assert float(step.total.detach()) == pytest.approx(float(mean.detach()), rel=LOSS)
+    assert float(step.terms["loss/align"]) == pytest.approx(float(mean.detach()), rel=LOSS)
+    mean.backward()
+    for name, gradient in parts.gradients(method).items():
+        assert parts.relative(got[name], gradient) < GRADIENT, name
+
+
+def spy_on(method: DBOT) -> list[Any]:
+    """The pixels of every call of the teacher from now on."""
+    seen: list[Any] = []
+    method.teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    return seen
+
+
+def test_several_masks_share_one_launch_and_one_target(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, Any]] = []
+    objective = importlib.import_module("cohobate.methods.objective")  # as a name it is the function
+    whole = objective.align_loss
+
+    def watched(predictions: Any, targets: Any, **settings: Any) -> Any:
+        calls.append((targets, settings["target_rows"]))
+        return whole(predictions, targets, **settings)
+
+    monkeypatch.setattr(objective, "align_loss", watched)
+    method = parts.dbot_method()
+    method.loss(parts.batch(), parts.plan(method.student.grid, masks=3))
+    ((targets, rows),) = calls
+    assert len({id(target) for target in targets}) == 1 and len(targets) == len(rows) == 3
+
+
+def test_flops_of_several_masks(parts: Any) -> None:
+    """The teacher counts once, for all rows; everything else counts once a mask."""
+    method = parts.dbot_method()
+    plan = parts.plan(method.student.grid)
+    trained = method.flops(plan) - method.teacher.flops(plan.tokens - plan.student + 1)
+    assert method.flops(plan, 4) == method.teacher.flops() + 4 * trained
+    with pytest.raises(UserError, match="plan: expected 3 samples or a multiple, got 2"):
+        method.loss(parts.batch(), masking.MaskPlan(plan.order[:2], plan.student, plan.teacher))
+
+
+def test_a_teacher_with_registers(parts: Any) -> None:
+    """Cls and two registers in front: row 0 is the cls, patches start at row 3, the registers never count."""
+    student = parts.student()
+    anatomy = load_source(parts.student(width=96, heads=6)).anatomy
+    assert anatomy is not None
+    registers = torch.randn(2, 96, generator=torch.Generator().manual_seed(2))
+    teacher = FrozenTeacher(
+        dataclasses.replace(anatomy, prefix=torch.cat([anatomy.prefix, registers])), precision=parts.FP32
+    )
+    method = DBOT(student, parts.decoder(student, 96), teacher, DBOTOptions(standardise=None, loss="mse"))
+    plan, pixels = parts.plan(student.grid), parts.batch().pixels
+    rows = method.counted(plan, teacher.prefix)
+    assert teacher.prefix == 3 and not rows[:, 0].any() and torch.equal(rows[:, 1:], plan.masked + 3)
+    whole = teacher(pixels)[0]
+    target = torch.cat([whole[:, :1], tokens.take(whole[:, 3:].contiguous(), plan.masked)], dim=1)
+    prediction = method.decoder(student(pixels, plan.visible), plan, method.counted(plan, 1))
+    expected = F.mse_loss(prediction, target)
+    assert float(method.loss(parts.batch(), plan).total.detach()) == pytest.approx(float(expected.detach()), rel=LOSS)
+    assert method.targets(parts.batch()).shape == (3, 24, 96)
 
 
 def test_the_counted_rows_are_the_hidden_patches_and_the_cls_token(parts: Any) -> None:
@@ -123,7 +202,7 @@ def test_the_parameters_are_the_students_and_the_decoders(parts: Any) -> None:
     method = parts.dbot_method()
     names = {name.split(".")[0] for name, _ in method.named_parameters()}
     assert names == {"student", "decoder"}
-    assert any(name.startswith("teacher.") for name in method.state_dict())
+    assert not any(name.startswith("teacher.") for name in method.state_dict())
 
 
 def test_swapping_the_teacher_changes_the_target_alone(parts: Any) -> None:

@@ -112,7 +112,7 @@ def test_an_export_that_does_not_fit_says_which_keys(tmp_path: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     settings["model_args"]["depth"] = 3
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"blocks\.2\..* is missing.* and \d+ more"):
+    with pytest.raises(UserError, match=r"missing: blocks\.2\..* and \d+ more"):
         load_encoder(folder)
     with pytest.raises(UserError, match="weights: expected a run folder or an export"):
         load_encoder(tmp_path / "nowhere")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cohobate.errors import UserError
 from cohobate.training import loop, train
@@ -157,6 +157,39 @@ def test_another_configuration_is_refused_by_name(tiny: Any) -> None:
         train(tiny.config("run", "resume=never"))
     with pytest.raises(UserError, match="resume: expected a checkpoint directory"):
         train(tiny.config("run", "resume=/nowhere"))
+
+
+def test_a_teacher_of_any_source_and_several_masks_go_on(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = "random:vit_tiny?seed=4&image_size=32&patch=8&width=48&depth=2&heads=4"
+    teacher = f"{{source: model, spec: '{spec}', resize: pixels, layer: 1}}"
+    words = [*HARD, f"stages.1.teacher={teacher}", "stages.1.set.mask.masks=2"]
+    train(tiny.config("whole", *words))
+    with monkeypatch.context() as patch:
+        cut_after(patch, 9)
+        with pytest.raises(Cut):
+            train(tiny.config("cut", *words))
+    train(tiny.config("cut", *words))
+    assert_same_bits(tiny.folder / "whole", tiny.folder / "cut")
+
+
+def test_another_teacher_is_refused_by_its_fingerprint(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The previous stage's export, which is the teacher, is exchanged while the run lies still."""
+    words = ["stages.1.teacher={source: previous}", "checkpoint.every_steps=2"]
+    with monkeypatch.context() as patch:
+        cut_after(patch, 9)
+        with pytest.raises(Cut):
+            train(tiny.config("run", *words))
+    run = tiny.folder / "run"
+    noted = [json.loads((point / "progress.json").read_text()) for point in sorted((run / "checkpoints").iterdir())]
+    assert [(p["stage"], p["teacher"] is None) for p in noted] == [(0, True), (1, False)]  # the first stage is mae
+    (export,) = run.glob("exports/1-*/model.safetensors")
+    good, weights = export.read_bytes(), load_file(str(export))
+    save_file({key: tensor * 1.01 for key, tensor in weights.items()}, str(export))
+    expected = rf"resume: stages\.1 \(dbot\): expected the teacher {noted[1]['teacher']} that .*step_000000008 was made"
+    with pytest.raises(UserError, match=expected):
+        train(tiny.config("run", *words))
+    export.write_bytes(good)
+    assert train(tiny.config("run", *words))[1] == 0
 
 
 def test_going_on_from_a_checkpoint_given_by_path(tiny: Any) -> None:

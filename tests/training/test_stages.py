@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from cohobate import TokenGrid
 from cohobate.config import Config
 from cohobate.errors import UserError
 from cohobate.methods import DBOT
 from cohobate.models import VisionTransformer
+from cohobate.teacher import FrozenTeacher, ResizedTeacher
 from cohobate.training.distributed import Ranks
 from cohobate.training.exports import load_encoder
 from cohobate.training.stages import Stage, StageManager, stage_steps
@@ -43,11 +45,11 @@ def same(first: VisionTransformer, second: VisionTransformer) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def teacher_of(stage: Stage) -> VisionTransformer:
+def teaches(stage: Stage, model: VisionTransformer, layer: int | None = None) -> bool:
+    """Whether the stage's teacher has this model's weights."""
     assert isinstance(stage.method, DBOT)
-    model = stage.method.teacher.model
-    assert isinstance(model, VisionTransformer)
-    return model
+    expected = FrozenTeacher(model, None if layer is None else (layer,))
+    return stage.method.teacher.fingerprint() == expected.fingerprint()
 
 
 FP32 = ["precision.teacher=fp32", "precision.compute=fp32"]
@@ -55,20 +57,18 @@ FP32 = ["precision.teacher=fp32", "precision.compute=fp32"]
 
 def test_the_random_teacher_is_a_copy_of_the_students_first_weights(tiny: Any) -> None:
     stage = manager(two_random(tiny, "a", *FP32)).enter(0)
-    assert same(teacher_of(stage), stage.method.student)
+    assert teaches(stage, stage.method.student) and stage.method.teacher.precision.compute == torch.float32
     disturb(stage)
-    assert not same(teacher_of(stage), stage.method.student)
+    assert not teaches(stage, stage.method.student)
+    assert manager(two_random(tiny, "b")).enter(0).method.teacher.precision.compute == torch.bfloat16
 
 
 def test_or_drawn_on_its_own_or_without_blocks(tiny: Any) -> None:
     stage = manager(two_random(tiny, "a", *FP32, "stages.0.teacher.init=independent")).enter(0)
-    teacher, student = teacher_of(stage), stage.method.student
-    assert teacher.depth == student.depth
-    assert not torch.equal(teacher.blocks[0].attn.qkv.weight, student.blocks[0].attn.qkv.weight)
+    assert stage.method.teacher.depth == stage.method.student.depth
+    assert not teaches(stage, stage.method.student)
     stage = manager(two_random(tiny, "b", *FP32, "stages.0.teacher.depth=0")).enter(0)
-    teacher = teacher_of(stage)
-    assert teacher.depth == 0 and len(teacher.blocks) == 0
-    assert torch.equal(teacher.patch_embed.proj.weight, stage.method.student.patch_embed.proj.weight)
+    assert stage.method.teacher.layers == (0,) and teaches(stage, stage.method.student, 0)
 
 
 def test_the_next_teacher_is_the_student_and_the_next_student_is_new(tiny: Any) -> None:
@@ -78,7 +78,7 @@ def test_the_next_teacher_is_the_student_and_the_next_student_is_new(tiny: Any) 
     disturb(first)
     stages.leave(first, 6)
     second = stages.enter(1, first)
-    assert same(teacher_of(second), first.method.student)
+    assert teaches(second, first.method.student)
     for key, value in second.method.student.state_dict().items():
         fixed = key == "pos_embed" or "norm" in key or ("blocks" in key and key.endswith("bias"))
         assert fixed or not (
@@ -123,12 +123,43 @@ def test_a_teacher_or_a_student_from_a_file(tiny: Any, tmp_path: Path) -> None:
     path = donor.leave(stage, 1)
     words = [f"stages.0.teacher={{source: file, path: {path}}}", f"stages.0.student={{init: file, path: {path}}}"]
     loaded = manager(tiny.config("a", "stages.0.method=dbot", *words, *FP32)).enter(0)
-    assert same(teacher_of(loaded), stage.method.student) and same(loaded.method.student, stage.method.student)
+    assert teaches(loaded, stage.method.student) and same(loaded.method.student, stage.method.student)
     with pytest.raises(UserError, match=r"stages\.0\.student: expected weights of this model's shape, got another"):
         manager(tiny.config("b", "stages.0.method=dbot", *words, "model.width=32")).enter(0)
-    with pytest.raises(UserError, match=r"teacher: expected the student's grid"):
-        bigger = tiny.config("c", "stages.0.method=dbot", words[0], "data.image_size=20")
-        manager(bigger).enter(0)
+    bigger = ["stages.0.method=dbot", words[0], "data.image_size=20", "data.batch_size=2"]
+    with pytest.raises(UserError, match=r"stages\.0\.teacher\.resize: the teacher takes 16 x 16 px .* say resize="):
+        manager(tiny.config("c", *bigger)).enter(0)
+    resized = manager(tiny.config("d", *bigger, "stages.0.teacher.resize=positions")).enter(0).method.teacher
+    assert resized.grid == TokenGrid.image(20, 4)
+
+
+SPEC = "random:vit_tiny?seed=4&image_size=16&patch=4&width=48&depth=3&heads=4"
+
+
+def test_a_teacher_of_any_source(tiny: Any) -> None:
+    """Wider and deeper than the student, a layer in the middle, and pixels of its own where it is asked for."""
+    words = ["stages.0.method=dbot", f"stages.0.teacher={{source: model, spec: '{SPEC}', layer: 2}}"]
+    stage = manager(tiny.config("a", *words)).enter(0)
+    assert stage.method.teacher.layers == (2,) and stage.method.decoder.out == 48
+    other = manager(tiny.config("b", *words, f"stages.0.teacher.spec={SPEC.replace('seed=4', 'seed=5')}")).enter(0)
+    assert stage.method.teacher.fingerprint() != other.method.teacher.fingerprint()
+    patch = SPEC.replace("patch=4", "patch=8").replace("image_size=16", "image_size=32")
+    words = [*words, f"stages.0.teacher.spec={patch}"]
+    fed = manager(tiny.config("c", *words, "stages.0.teacher.resize=pixels")).enter(0).method.teacher
+    assert isinstance(fed, ResizedTeacher) and fed.grid == TokenGrid.image(16, 4)
+    with pytest.raises(UserError, match=r"stages\.0\.teacher\.resize: the teacher takes 32 x 32 px"):
+        manager(tiny.config("d", *words)).enter(0)
+    with pytest.raises(UserError, match=r"stages\.0\.teacher\.layers: expected numbers in \[0, 3\], got \[4\]"):
+        manager(tiny.config("e", *words, "stages.0.teacher.layer=4", "stages.0.teacher.resize=pixels")).enter(0)
+
+
+def test_a_later_stages_teacher_is_tried_before_the_first_stage(tiny: Any) -> None:
+    with pytest.raises(UserError, match=r"stages\.1\.teacher\.weights: expected a run folder or an export"):
+        manager(tiny.config("a", "stages.1.teacher={source: model, spec: /nowhere}"))
+    words = [f"stages.1.teacher={{source: model, spec: '{SPEC}&cls_token=false'}}"]
+    with pytest.raises(UserError, match="cls: expected a teacher with a cls token"):
+        manager(tiny.config("b", *words))
+    manager(tiny.config("c", *words, "stages.1.set.dbot.cls=false"))
 
 
 def test_a_larger_teacher_teaches_a_smaller_student(tiny: Any) -> None:

@@ -15,7 +15,8 @@ from cohobate.config import Config
 from cohobate.data import Batch
 from cohobate.errors import UserError
 from cohobate.kernels import use_backend
-from cohobate.methods import StepLoss
+from cohobate.masking import random_plan
+from cohobate.methods import DBOT, StepLoss
 from cohobate.training import train
 from cohobate.training.distributed import Ranks
 from cohobate.training.feed import Feed
@@ -90,6 +91,20 @@ def test_the_losses_fall(tiny: Any) -> None:
             step(number)
             losses.append(meter.read()["loss/total"])
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_several_masks_of_a_batch(tiny: Any) -> None:
+    """The teacher sees the 16 images once, the student three views of each; speed and FLOPs are those of 16 images."""
+    words = ["stages.0.method=dbot", "stages.0.teacher={source: random}", "model.drop_path=0.2"]
+    stage, step, meter = prepared(tiny.config("run", *words, "stages.0.set.mask.masks=3"))
+    seen: dict[str, list[int]] = {"teacher": [], "student": []}
+    for name, sizes in seen.items():
+        getattr(stage.method, name).register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+    step(0)
+    assert seen == {"teacher": [16], "student": [48]} and meter.read()["loss/total"] > 0
+    assert isinstance(stage.method, DBOT)
+    one = random_plan(stage.method.student.grid, torch.zeros(1).long(), seed=0, stage=0, epoch=0, ratio=0.75)
+    assert stage.flops == stage.method.flops(one, 3) > 2.5 * (stage.method.flops(one) - stage.method.teacher.flops())
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, bad: set[int], what: str) -> None:
