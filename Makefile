@@ -17,7 +17,7 @@ endif
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.cohobate-installed
-EXTRAS  := dev,fast-cpu,eval
+EXTRAS  := dev,fast-cpu,eval,hf
 ifeq ($(shell uname -s),Linux)
 EXTRAS  := $(EXTRAS),triton,dali
 endif
@@ -30,7 +30,8 @@ SECONDS = $$(( $$(date +%s) - start ))
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
-# torch goes first and alone: what follows then finds it installed and does not choose another build of it.
+# torch goes first and alone: what follows then finds it installed and does not choose another build of it. timm, which
+# only tests read, goes without its torchvision, which would.
 $(STAMP): constraints.txt pyproject.toml setup.py
 	@echo "preparing $(VENV) (once; a few minutes and about 2 GB)"
 	@start=$$(date +%s); set -e; \
@@ -38,6 +39,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch; \
 	$(PIP) setuptools wheel cmake ninja; \
 	COHOBATE_NATIVE=0 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'; \
+	$(PIP) --no-deps timm; \
 	touch $@; echo "prepared $(VENV) in $(SECONDS) s"
 
 native: $(STAMP) ## compile the C++ kernels into kernels/
