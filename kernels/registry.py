@@ -38,13 +38,15 @@ class Op:
     """One public op, as ``cohobate info`` lists it.
 
     ``limits`` maps an implementation to a function of the call's facts (device type, dtypes and sizes as keyword
-    arguments) that returns the reasons why it cannot serve that call.
+    arguments) that returns the reasons why it cannot serve that call. ``quiet``: the reference is as good where the
+    fast implementation does not serve, so falling back to it is not worth a word.
     """
 
     name: str
     implementations: tuple[str, ...]
     cost: Callable[..., Cost]
     limits: dict[str, Callable[..., list[str]]] = field(default_factory=dict)
+    quiet: bool = False
 
 
 OPS: dict[str, Op] = {}
@@ -142,7 +144,7 @@ def _resolve(name: str, device: str, backend: str | None, facts: tuple[tuple[str
     reasons = why_not(name, fast, device, **dict(facts))
     if not reasons:
         return fast
-    if (name, reasons[0]) not in _logged:
+    if not OPS[name].quiet and (name, reasons[0]) not in _logged:
         _logged.add((name, reasons[0]))
         log.warning("%s runs as reference on %s: %s", name, device, "; ".join(reasons))
     return "reference"

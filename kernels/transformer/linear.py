@@ -131,7 +131,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-register(Op("linear", ("reference", "native"), linear_cost, {"native": _native_limit}))
+register(Op("linear", ("reference", "native"), linear_cost, {"native": _native_limit}, quiet=True))
 
 _linear_op = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
