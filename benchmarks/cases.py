@@ -18,7 +18,7 @@ from cohobate.benchmarks import literal
 from cohobate.benchmarks.harness import Case, Provider
 from cohobate.benchmarks.machine import DTYPES
 from cohobate.errors import UserError
-from cohobate.kernels import Cost, alignment, tokens
+from cohobate.kernels import Cost, alignment, tokens, transformer, why_not
 from cohobate.kernels.alignment.align import align_cost
 from cohobate.kernels.alignment.pixel import pixel_loss_cost
 from cohobate.kernels.tokens.assemble import assemble_cost
@@ -26,9 +26,15 @@ from cohobate.kernels.tokens.embed import embed_patches_backward_cost, embed_pat
 from cohobate.kernels.tokens.gather import gather_patches_cost
 from cohobate.kernels.tokens.order import random_order_cost
 from cohobate.kernels.tokens.rows import rows_cost
+from cohobate.kernels.transformer.activation import bias_gelu_cost
+from cohobate.kernels.transformer.add_norm import add_norm_cost
+from cohobate.kernels.transformer.attention import attention_cost
+from cohobate.kernels.transformer.fp8 import quantise_cost
+from cohobate.kernels.transformer.linear import linear, linear_cost
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EXACT = ("mean", "std", "mask")  # arguments that stay fp32 when the data is half precision
+# Arguments that stay fp32 when the data is half precision.
+EXACT = ("mean", "std", "mask", "residual", "fp32_weight", "fp32_bias")
 WIDTHS = {"vit-tiny": 192, "vit-s": 384, "vit-b": 768, "vit-l": 1024}
 MODES = ("fwd", "fwd+bwd")
 
@@ -108,6 +114,7 @@ class KernelCase:
     """An op of the registry. ``ours`` also takes ``backend=``; ``leaves`` are the arguments that get a gradient.
 
     ``to_ours`` maps the literal's gradient of a leaf to our layout. ``cost(mode, itemsize)`` is the floor of one call.
+    ``others`` are further functions of the literal's arguments; ``fast`` are the dtypes that our fast form takes.
     """
 
     name: str
@@ -119,6 +126,8 @@ class KernelCase:
     to_ours: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     upstream: Tensor | None = None
     compare: Callable[[Mapping[str, Tensor]], tuple[float, float | None]] | None = None
+    others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    fast: tuple[str, ...] = ("fp32", "bf16", "fp16", "int32")
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -185,7 +194,7 @@ def runner(
 def providers(
     kernel: KernelCase, mode: str, *, dtypes: tuple[str, ...] = ("fp32", "bf16"), l2_bytes: int = 0
 ) -> list[Provider]:
-    """Literal eager, ``torch.compile`` of it, the reference and the fast implementation of the inputs' device.
+    """Literal eager, ``torch.compile`` of it, what others offer, our reference and the fast form of the inputs' device.
 
     ``l2_bytes`` above 0 asks for input sets that together exceed three times that cache.
     """
@@ -207,11 +216,14 @@ def providers(
     add("literal", literal_call, main, "eager")
     add("compile", Call(compiled, literal_call.arguments), main, "compile")
     add("reference", reference_call, main, "other")
-    add(fast, fast_call, main, "ours")
-    for dtype in rest:
-        add("literal", literal_call, dtype, "other")
-        add("compile", Call(compiled, literal_call.arguments), dtype, "other")
-        add(fast, fast_call, dtype, "ours")
+    for dtype in (main, *rest):
+        if dtype != main:
+            add("literal", literal_call, dtype, "other")
+            add("compile", Call(compiled, literal_call.arguments), dtype, "other")
+        for name, function in kernel.others.items():
+            add(name, Call(function, literal_call.arguments), dtype, "other")
+        if dtype in kernel.fast:
+            add(fast, fast_call, dtype, "ours")
     return found
 
 
@@ -225,7 +237,7 @@ def build(name: str, sizes: Sizes, device: str, seed: int) -> KernelCase:
     Raises:
         UserError: no case of that name.
     """
-    builders = {**CASES, **MORE}
+    builders = {**CASES, **MORE, **SOMEWHERE}
     if name not in builders:
         raise UserError(f"ops: expected some of {', '.join(builders)}; got {name!r}")
     return builders[name](sizes, _Random(sizes, device, seed))
@@ -560,6 +572,110 @@ def _pixel_cost(s: Sizes, count: int) -> Callable[[str, int], Cost]:
     return cost
 
 
+def _add_norm(s: Sizes, random: _Random) -> KernelCase:
+    width = max(s.width, 16)  # a norm of two values leaves their signs, and a gradient of rounding errors
+    shape = (s.batch, 1 + s.patches, width)
+    tensors = {"residual": random.floats(*shape), "branch": random.floats(*shape)}
+    tensors |= {"fp32_weight": 1 + random.floats(width, scale=0.125), "fp32_bias": random.floats(width, scale=0.125)}
+
+    def ours(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+        return transformer.add_norm(residual, branch, weight=weight, bias=bias, dtype=branch.dtype, backend=backend)[1]
+
+    def cost(mode: str, size: int) -> Cost:
+        """fp32 residual. Only the normed rows get a gradient here, and in fp32 both leaves share one."""
+        rows = s.batch * (1 + s.patches)
+        forward = add_norm_cost(rows, width, 4, size, branch_itemsize=size)
+        backward = add_norm_cost(rows, width, 4, size, branch_itemsize=size if size < 4 else 0, backward=True)
+        return _both(mode, forward, Cost(backward.bytes - 4 * rows * width, backward.flops))
+
+    return KernelCase(
+        "add_norm",
+        f"{s.batch} x {1 + s.patches} rows, width {width}, fp32 residual",
+        Call(literal.add_norm, tensors),
+        Call(ours, tensors),
+        cost,
+        leaves=tuple(tensors),
+        upstream=random.floats(*shape),
+    )
+
+
+def _bias_gelu(s: Sizes, random: _Random) -> KernelCase:
+    rows, width = 1 + s.patches, 4 * s.width
+    tensors = {"x": random.floats(s.batch, rows, width), "bias": random.floats(width)}
+    return KernelCase(
+        "bias_gelu",
+        f"{s.batch} x {rows} rows, width {width}",
+        Call(literal.bias_gelu, tensors),
+        Call(lambda x, bias, backend: transformer.bias_gelu(x, bias, backend=backend), tensors),
+        lambda mode, size: _both(
+            mode,
+            bias_gelu_cost(s.batch * rows, width, size),
+            bias_gelu_cost(s.batch * rows, width, size, backward=True),
+        ),
+        leaves=("x", "bias"),
+        upstream=random.floats(s.batch, rows, width),
+    )
+
+
+def _short_attention(s: Sizes, random: _Random) -> KernelCase:
+    heads, rows = max(1, s.width // 64), 1 + s.visible
+    dim = 64 if s.width >= 64 else max(2, s.width // 2 * 2)
+    tensors = {"qkv": random.floats(s.batch, rows, 3 * heads * dim)}
+    sizes = (s.batch, rows, rows, heads, dim)
+    return KernelCase(
+        "short_attention",
+        f"{s.batch} x {rows} rows, {heads} heads of {dim}",
+        Call(lambda qkv: literal.attention(qkv, heads), tensors),
+        Call(lambda qkv, backend: transformer.short_attention(qkv, heads, backend=backend), tensors),
+        lambda mode, size: _both(mode, attention_cost(*sizes, size), attention_cost(*sizes, size, backward=True)),
+        leaves=("qkv",),
+        upstream=random.floats(s.batch, rows, heads * dim),
+        others={"sdpa": lambda qkv: literal.attention_sdpa(qkv, heads)},
+    )
+
+
+def _quantise_fp8(s: Sizes, random: _Random) -> KernelCase:
+    rows, scale = 1 + s.patches, 2.0**-7  # a power of two: no rounding before the one to fp8, so all bytes are equal
+    tensors = {"x": random.floats(s.batch, rows, s.width)}
+    right = literal.quantise_fp8(tensors["x"].double(), scale)
+
+    def same_bytes(results: Mapping[str, Tensor]) -> tuple[float, float | None]:
+        return (0.0 if torch.equal(results["out"], right) else math.inf), None
+
+    return KernelCase(
+        "quantise_fp8",
+        f"{s.batch} x {rows} rows, width {s.width}",
+        Call(lambda x: literal.quantise_fp8(x, scale), tensors),
+        Call(lambda x, backend: transformer.quantise_fp8(x, scale, backend=backend).view(torch.uint8), tensors),
+        lambda mode, size: quantise_cost(s.batch * rows * s.width, size),
+        compare=same_bytes,
+    )
+
+
+def _linear(s: Sizes, random: _Random) -> KernelCase:
+    rows, inputs, outputs = s.batch * (1 + s.visible), s.width, 4 * s.width
+    tensors = {
+        "x": random.floats(s.batch, 1 + s.visible, inputs),
+        "fp32_weight": random.floats(outputs, inputs, scale=inputs**-0.5),
+        "fp32_bias": random.floats(outputs),
+    }
+    facts = {"x": torch.bfloat16, "weight": torch.float32, "even": inputs % 2 == 0}
+    return KernelCase(
+        "linear",
+        f"{rows} rows, {inputs} to {outputs}, fp32 weight",
+        Call(literal.linear, tensors),
+        Call(lambda x, weight, bias, backend: linear(x, weight, bias, backend=backend), tensors),
+        lambda mode, size: _both(
+            mode,
+            linear_cost(rows, inputs, outputs, size),
+            linear_cost(rows, inputs, outputs, size, backward=True),
+        ),
+        leaves=tuple(tensors),
+        upstream=random.floats(s.batch, 1 + s.visible, outputs),
+        fast=() if random.device != "cpu" or why_not("linear", "native", "cpu", **facts) else ("bf16",),
+    )
+
+
 def _both(mode: str, forward: Cost, backward: Cost) -> Cost:
     if mode == "fwd":
         return forward
@@ -575,6 +691,9 @@ CASES: dict[str, Callable[[Sizes, _Random], KernelCase]] = {
     "take": _take,
     "put": _put,
     "random_order": _order,
+    "add_norm": _add_norm,
+    "bias_gelu": _bias_gelu,
+    "short_attention": _short_attention,
 }
 """What ``cohobate bench kernels`` runs by default: every op in the form that dBOT uses."""
 
@@ -582,5 +701,9 @@ MORE: dict[str, Callable[[Sizes, _Random], KernelCase]] = {
     "assemble_visible_first": _assemble_visible_first,
     "pixel_loss_video": _pixel_video,
     **{f"align_layers_{kind}": _align_layers(kind) for kind in ("mse", "l1", "smooth_l1", "cosine")},
+    "quantise_fp8": _quantise_fp8,
 }
-"""The forms that AMD and VideoMAE use; tested like the rest, benchmarked when asked for by name."""
+"""The forms that AMD, VideoMAE and a teacher in fp8 use; tested like the rest, benchmarked when asked for by name."""
+
+SOMEWHERE: dict[str, Callable[[Sizes, _Random], KernelCase]] = {"linear": _linear}
+"""Ops whose fast form takes one dtype and exists on some processors only; benchmarked when asked for by name."""

@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in one command: ``make gpu-proof``, or ``python benchmarks/gpu_proof.py``.
 
 It runs the tests marked ``gpu``, the kernel benchmarks on CUDA (with the card's ceilings measured first), the step
-benchmark, and NVIDIA's compute-sanitizer over the smallest tests where that tool is on PATH. It writes
+and teacher benchmarks, and NVIDIA's compute-sanitizer over the smallest tests where that tool is on PATH. It writes
 ``benchmarks/results/<card>-<date>/`` with ``environment.json``, one JSON-lines file a benchmark and ``proof.jsonl``
 (one object a part: what ran, for how long, how it ended). All of it fits into ten minutes: a part that no longer fits
 is skipped and says so. Exit code 0: everything that ran passed; 1: something failed; 2: no GPU.
@@ -50,10 +50,21 @@ def parts(folder: Path) -> list[Part]:
     watched = (*tests, "tests/gpu/test_ops.py", "-k", "test_against_float64 and odd and fp32")
     kernels = (python, "-m", "cohobate.benchmarks.kernels", "--device", "cuda", "--seconds", "0.4")
     step = (python, "-m", "cohobate.benchmarks.step", "--device", "cuda")
+    teacher = (python, "-m", "cohobate.benchmarks.teacher", "--device", "cuda")
     return [
         Part("tests", (*tests, "tests"), 300, missing_pytest),
         Part("kernels", (*kernels, "--batch", "256", "--json", str(folder / "kernels.jsonl")), 120),
         Part("step", (*step, "--json", str(folder / "step.jsonl")), 150, missing_step),
+        Part(
+            "teacher",
+            (*teacher, "--size", "large", "--batch", "256", "--seconds", "5", "--json", str(folder / "teacher.jsonl")),
+            150,
+        ),
+        Part(
+            "teacher of a small batch",
+            (*teacher, "--batch", "16", "--seconds", "2", "--json", str(folder / "teacher-batch16.jsonl")),
+            90,
+        ),
         Part(
             "kernels of a small batch",
             (*kernels, "--batch", "32", "--json", str(folder / "kernels_small.jsonl")),

@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cohobate bench kernels", description=__doc__)
     command.add_options(parser)
-    known = (*cases.CASES, *cases.MORE)
+    known = (*cases.CASES, *cases.MORE, *cases.SOMEWHERE)
     parser.add_argument(
-        "--ops", default="all", help=f"all, or some of {', '.join(known)} (default: all that dBOT uses)"
+        "--ops", default="all", help=f"all, or some of {', '.join(known)} (default: what dBOT uses everywhere)"
     )
     parser.add_argument("--size", choices=tuple(cases.WIDTHS), default="vit-b", help="model size (default: vit-b)")
     parser.add_argument("--batch", type=int, default=64, help="images a call (default: 64; 8 stay in the caches)")

@@ -7,6 +7,8 @@ ICLR 2024), AMD (Zhao et al., CVPR 2024). Written for any floating dtype: in flo
 that every implementation is checked against.
 
 Sizes: B samples, N patches (C*pt*ph*pw values each), n kept, D width. ``index`` is int64, in raster order of the grid.
+
+The transformer pieces at the end are what a published block calls between its matrix products, under autocast.
 """
 
 from __future__ import annotations
@@ -143,3 +145,42 @@ def pixel_loss_video(
 def random_order(sample_ids: Tensor, length: int) -> Tensor:
     """A random permutation a sample, int64 [B, length]: uniform noise, then argsort (new numbers at every call)."""
     return torch.argsort(torch.rand(sample_ids.shape[0], length, device=sample_ids.device), dim=1)
+
+
+def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The next branch's input [B, N, D] in branch's dtype: add, LayerNorm in the residual's dtype, cast."""
+    total = residual + branch
+    return F.layer_norm(total, total.shape[-1:], weight, bias, 1e-6).to(branch.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Exact GELU of x [..., D] plus bias [D], the sum rounded in between."""
+    return F.gelu(x + bias)
+
+
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """[B, N, 3*D] -> [B, N, D]: heads in front, explicit [B, heads, N, N] scores, softmax, heads back."""
+    q, k, v = _heads_first(qkv, heads)
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+def attention_sdpa(qkv: Tensor, heads: int) -> Tensor:
+    """The same by torch's scaled_dot_product_attention, as today's libraries call it."""
+    q, k, v = _heads_first(qkv, heads)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+def _heads_first(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    parts = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return parts[0], parts[1], parts[2]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A product in x's dtype with parameters of another, each cast at every call."""
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+
+def quantise_fp8(x: Tensor, scale: float) -> Tensor:
+    """Bytes of e4m3(x / scale), saturating: divide, clamp, cast."""
+    return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)

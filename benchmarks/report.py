@@ -4,11 +4,13 @@ A document holds blocks ``<!-- bench:NAME -->`` ... ``<!-- /bench -->``; what st
 
 - ``FILE-DEVICE``, the main table of ``FILE.jsonl`` for that device (``kernels-cpu``: one line an op),
 - ``FILE-DEVICE-full``, every row,
-- ``FILE-DEVICE-machine``, where it was measured, or
+- ``FILE-DEVICE-machine``, where it was measured,
+- ``teacher``, the frozen teacher (``teacher.jsonl``), a table for each kind of machine, or
 - ``quality``, what whole runs learnt (``quality.jsonl``).
 
-The newest folder ``benchmarks/results/*-YYYY-MM-DD`` that holds such rows is used; where there is none the block says
-"not measured". Figures go to ``docs/figures/FILE-DEVICE.png`` and carry the digest of their data: a stale one shows.
+The newest folder ``benchmarks/results/*-YYYY-MM-DD`` that holds such rows is used (of each machine, where a block shows
+several); where there is none the block says "not measured". Figures go to ``docs/figures/FILE-DEVICE.png`` and carry
+the digest of their data: a stale one shows.
 """
 
 from __future__ import annotations
@@ -79,6 +81,8 @@ def render(root: Path, name: str) -> str:
     """
     if name == "quality":
         return _quality(root)
+    if name == "teacher":
+        return _teacher(root)
     match = re.fullmatch(rf"([a-z0-9_-]+?)-({'|'.join(DEVICES)})(-full|-machine)?", name)
     if match is None:
         raise UserError(f"bench block: expected FILE-DEVICE, FILE-DEVICE-full or FILE-DEVICE-machine, got {name!r}")
@@ -99,6 +103,58 @@ def _quality(root: Path) -> str:
         commits = ", ".join(sorted({str(line["env"]["commit"]) for line in lines}))
         return f"{quality.table(lines)}\nRows: `{path.relative_to(root)}`, commit {commits}.\n"
     return "not measured (`cohobate bench quality` measures it)\n"
+
+
+def _teacher(root: Path) -> str:
+    """The frozen teacher on every kind of machine that measured it, the newest rows of each, newest first."""
+    newest: dict[str, Results] = {}
+    for path in stored(root, "teacher"):
+        rows = read_rows(path)
+        for kind in dict.fromkeys(str(row.env.get("kind")) for row in rows):
+            own = [row for row in rows if str(row.env.get("kind")) == kind]
+            newest.setdefault(kind, Results(path, own, _ceilings(path)))
+    if not newest:
+        return "not measured (`cohobate bench teacher` measures it)\n"
+    parts = []
+    for kind, results in newest.items():
+        env = results.rows[0].env
+        changed = ", uncommitted changes" if env.get("dirty") else ""
+        parts += [
+            f"**{kind}**, {env.get('date')}; torch {env.get('torch')}, commit {env.get('commit')}{changed}; "
+            f"{'; '.join(results.ceilings[-1:])}; rows: `{results.path.relative_to(root)}`\n",
+            teacher_table(results.rows),
+        ]
+    return "\n".join(parts)
+
+
+def teacher_table(rows: Sequence[Row]) -> str:
+    """One line a provider: time, work, share of the matrix products' rate, ratios, error beside what is allowed."""
+    parts = []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        against = ("vs eager fp32", "vs compile fp32", "vs best original")
+        parts += [
+            f"{shape}\n",
+            _line("", "p50", "GFLOP", "% of matrix product", *against, "feature error", "allowed", "peak MB"),
+            "|---" * 10 + "|",
+        ]
+        for row in (row for row in rows if row.shape == shape):
+            best = ratio(row, "best other")
+            parts.append(
+                _line(
+                    row.provider,
+                    _ms(row),
+                    "-" if row.flops is None else f"{row.flops / 1e9:.1f}",
+                    _floor(row),
+                    _bold(ratio(row, "eager")) if row.role == "ours" else ratio(row, "eager"),
+                    ratio(row, "compile"),
+                    f"{_bold(best)} ({row.best_other})" if row.ratio_vs_best_other is not None else best,
+                    "-" if row.max_rel_err is None else f"{row.max_rel_err:.0e}",
+                    "-" if row.tolerance is None else f"{row.tolerance:.0e}",
+                    "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",
+                )
+            )
+        parts.append("")
+    return "\n".join(parts).rstrip("\n") + "\n"
 
 
 def machine(results: Results, root: Path) -> str:

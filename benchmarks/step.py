@@ -28,6 +28,7 @@ from cohobate.methods import DBOT
 from cohobate.models import Decoder, Precision, VisionTransformer
 from cohobate.models.layers import Block
 from cohobate.teacher import FrozenTeacher
+from cohobate.training.optimizer import Updater
 
 FP32 = Precision(torch.float32, torch.float32)
 CLIP, LEARNING_RATE, BETAS, WEIGHT_DECAY = 3.0, 2.4e-3, (0.9, 0.95), 0.05
@@ -119,23 +120,20 @@ def _twin_decoder(decoder: Decoder) -> vit.Decoder:
 
 
 class Step:
-    """One training step as a function: loss, backward, clipping, AdamW. Gradients stay until the next call."""
+    """One training step as a function: loss, backward, ``update``. Gradients, clipped, stay until the next call."""
 
-    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], *, fused: bool) -> None:
+    def __init__(self, module: nn.Module, loss: Callable[[], Tensor], update: Callable[[], None]) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.initial = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.loss = loss
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=fused or None
-        )
+        self.loss, self.update = loss, update
 
     def __call__(self) -> Tensor:
         """Run it; the loss, without a graph."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         loss = self.loss()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
-        self.optimizer.step()
+        self.update()
         return loss.detach()
 
     @torch.no_grad()
@@ -154,6 +152,29 @@ class Step:
         twin = object.__new__(Step)
         twin.__dict__ = {**self.__dict__, "loss": loss}
         return twin
+
+
+def literal_update(module: nn.Module) -> Callable[[], None]:
+    """Clipping and AdamW as published codes call them."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+
+    def run() -> None:
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+
+    return run
+
+
+def engine_update(module: nn.Module) -> Callable[[], None]:
+    """What a run of the engine calls."""
+    updater = Updater(module, weight_decay=WEIGHT_DECAY, betas=BETAS, clip=CLIP)
+
+    def run() -> None:
+        norm = updater.gradient_norm()
+        updater.step(LEARNING_RATE, 1.0 - norm.isfinite().float())
+
+    return run
 
 
 def autocast(loss: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
@@ -179,12 +200,12 @@ def run(
     noise = parts.plan.where.float()
     cost = Cost(bytes=0, flops=shape.batch * parts.method.flops(parts.plan))
 
-    literal = Step(parts.literal, lambda: parts.literal(parts.images, noise), fused=False)
+    literal = Step(parts.literal, lambda: parts.literal(parts.images, noise), literal_update(parts.literal))
     expected = {name: value.clone() for name, value in literal.results(literal()).items()}
     case = Case("dbot_step", str(shape), device, expected)
     exact = _check_fp32(parts, case, setting)
 
-    engine = Step(parts.method, lambda: parts.method.loss(parts.batch, parts.plan).total, fused=True)
+    engine = Step(parts.method, lambda: parts.method.loss(parts.batch, parts.plan).total, engine_update(parts.method))
     half = literal.with_loss(autocast(literal.loss, device))
     half.reset()
     allowed = ERROR_RATIO * max(value or 0.0 for value in errors(half.results(half()), expected))
@@ -227,7 +248,7 @@ def _provider(name: str, step: Step, role: str, dtype: str, tolerance: float, co
 def _check_fp32(parts: Parts, case: Case, setting: command.Setting) -> Row:
     """A row without timings: the engine in fp32 computes the literal step."""
     method = parts.exact()
-    step = Step(method, lambda: method.loss(parts.batch, parts.plan).total, fused=True)
+    step = Step(method, lambda: method.loss(parts.batch, parts.plan).total, engine_update(method))
     row = Row(case.name, "engine fp32", "ours", "train", case.device, "fp32", case.shape)
     row.max_rel_err, row.grad_rel_err = errors(step.results(step()), case.expected)
     row.tolerance, row.note, row.env = SAME_MATHS, "checked, not timed", dict(setting.environment)

@@ -5,6 +5,8 @@ Tensors are fp32 unless the caller runs them under autocast. B samples, N patche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,16 @@ class Attention(nn.Module):
         return self.proj((scores @ v).transpose(1, 2).reshape(batch, length, width))
 
 
+class FusedAttention(Attention):
+    """The same weights through scaled_dot_product_attention, as timm and transformers run them today."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width))
+
+
 class Mlp(nn.Module):
     """Linear, exact GELU, Linear."""
 
@@ -44,10 +56,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, fused: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = FusedAttention(width, heads) if fused else Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
@@ -71,13 +83,20 @@ class Encoder(nn.Module):
     """ViT with a cls token; ``grid`` is (rows, columns) of tokens. Positions come from the weights copied in."""
 
     def __init__(
-        self, grid: tuple[int, int], patch: int, width: int, depth: int, heads: int, channels: int = 3
+        self,
+        grid: tuple[int, int],
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        channels: int = 3,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(channels, width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], width), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, fused=fused) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def masked(self, images: Tensor, ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,12 +123,23 @@ class Encoder(nn.Module):
 
     def whole(self, images: Tensor, norm: bool) -> Tensor:
         """Images [B, C, H, W] -> tokens [B, 1 + N, D] of the unmasked image, with or without the final norm."""
+        x = self.states(images, (len(self.blocks),))[0]
+        return self.norm(x) if norm else x
+
+    def states(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Images [B, C, H, W] -> tokens [B, 1 + N, D] of the unmasked image behind ``layers``; 0 is the embedding.
+
+        All blocks run, as in a published forward that keeps intermediate states.
+        """
         x = self.patch_embed(images) + self.pos_embed[:, 1:]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat((cls, x), dim=1)
-        for block in self.blocks:
+        found = [x] if 0 in layers else []
+        for number, block in enumerate(self.blocks, start=1):
             x = block(x)
-        return self.norm(x) if norm else x
+            if number in layers:
+                found.append(x)
+        return found
 
 
 class Decoder(nn.Module):

@@ -27,7 +27,7 @@ USAGE = """cohobate: masked distillation pretraining of vision transformers
   cohobate eval knn|linear WEIGHTS DATA     quality of a run or of exported weights on labelled images
   cohobate data make|inspect FOLDER         generate a labelled data set; look at a folder of images
   cohobate report RUN                       write the report page of a run
-  cohobate bench NAME [options]             measured tables
+  cohobate bench NAME [options]             measured tables: kernels, teacher, attention, step, data, quality
   cohobate info                             what works here, and why the rest does not
 
 `cohobate VERB --help` says more. With several processes: torchrun --nproc-per-node N -m cohobate train RECIPE ...

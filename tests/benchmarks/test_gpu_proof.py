@@ -53,6 +53,13 @@ def test_the_shares_fit_into_ten_minutes_of_what_always_runs() -> None:
     assert shares["tests"] + shares["kernels"] + shares["step"] <= 600
 
 
+def test_the_teacher_is_measured_where_the_report_looks_for_it() -> None:
+    commands = {part.name: part.command for part in gpu_proof.parts(Path("x"))}
+    assert commands["teacher"][-1] == str(Path("x") / "teacher.jsonl")
+    assert commands["teacher"][5:9] == ("--size", "large", "--batch", "256")
+    assert commands["teacher of a small batch"][-1] == str(Path("x") / "teacher-batch16.jsonl")
+
+
 def test_it_writes_what_it_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

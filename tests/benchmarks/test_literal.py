@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -174,3 +175,53 @@ def test_pixel_loss_video(random: torch.Generator) -> None:
 def test_random_order_is_a_permutation() -> None:
     order = literal.random_order(torch.arange(7), 11)
     assert torch.equal(order.sort(dim=1).values, torch.arange(11).expand(7, 11))
+
+
+def test_add_norm(random: torch.Generator) -> None:
+    x, branch, weight, bias = floats(random, B, N, D), floats(random, B, N, D), floats(random, D), floats(random, D)
+    got = literal.add_norm(x, branch, weight, bias)
+    for b in range(B):
+        for i in range(N):
+            row = (x[b, i] + branch[b, i]).tolist()
+            mean = sum(row) / D
+            variance = sum((value - mean) ** 2 for value in row) / D
+            right = [(v - mean) / math.sqrt(variance + 1e-6) * w + c for v, w, c in zip(row, weight.tolist(), bias)]
+            torch.testing.assert_close(got[b, i], torch.tensor(right, dtype=torch.float64), **EXACT)
+
+
+def test_bias_gelu(random: torch.Generator) -> None:
+    x, bias = floats(random, N, D) * 2, floats(random, D)
+    for i in range(N):
+        for j in range(D):
+            value = float(x[i, j] + bias[j])
+            right = value * (1 + math.erf(value / math.sqrt(2))) / 2
+            assert float(literal.bias_gelu(x, bias)[i, j]) == pytest.approx(right, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("form", [literal.attention, literal.attention_sdpa])
+def test_attention(random: torch.Generator, form: Callable[[Tensor, int], Tensor]) -> None:
+    heads, dim = 2, 3
+    qkv = floats(random, B, N, 3 * heads * dim)
+    q, k, v = (qkv[..., part * heads * dim : (part + 1) * heads * dim] for part in range(3))
+    got = form(qkv, heads)
+    for b in range(B):
+        for h in range(heads):
+            columns = slice(h * dim, (h + 1) * dim)
+            for i in range(N):
+                scores = [float(q[b, i, columns] @ k[b, j, columns]) / math.sqrt(dim) for j in range(N)]
+                total = sum(map(math.exp, scores))
+                right = sum(math.exp(score) / total * v[b, j, columns] for j, score in enumerate(scores))
+                torch.testing.assert_close(got[b, i, columns], right, **EXACT)
+
+
+def test_linear_computes_in_the_dtype_of_its_input(random: torch.Generator) -> None:
+    x, weight, bias = floats(random, N, D), floats(random, 3, D), floats(random, 3)
+    right = torch.stack([(x[i] * weight).sum(1) + bias for i in range(N)])
+    torch.testing.assert_close(literal.linear(x, weight, bias), right, **EXACT)
+    assert literal.linear(x.bfloat16(), weight, bias).dtype == torch.bfloat16
+
+
+def test_quantise_fp8() -> None:
+    """e4m3 bytes by hand: 448 is the largest, 1 is 0x38, its neighbour 1.125; 2**-9 is the smallest."""
+    x = torch.tensor([448.0, 1e6, -1e6, 1.0, 1.0625, 2.0**-9, 2.0**-11, 0.0]) / 2
+    assert literal.quantise_fp8(x, 0.5).tolist() == [0x7E, 0x7E, 0xFE, 0x38, 0x38, 0x01, 0x00, 0x00]

@@ -128,3 +128,29 @@ def test_quality_is_a_table_of_its_own(tmp_path: Path) -> None:
     assert "| demo | 1 mae | not measured | not measured | 0.600 ± 0.141 | 0.800 ± 0.000 |" in text
     assert "quality.jsonl" in text and "abc" in text
     assert "not measured" in report.render(tmp_path / "nowhere", "quality")
+
+
+def test_the_teacher_has_a_table_for_each_machine(tmp_path: Path) -> None:
+    assert report.render(tmp_path, "teacher") == "not measured (`cohobate bench teacher` measures it)\n"
+
+    def stored(folder: str, kind: str, p50: float) -> None:
+        row = dataclasses.replace(
+            BASE, name="teacher", mode="fwd", p50_ms=p50, flops=2 * 10**9, env={**ENV, "kind": kind}
+        )
+        ours = dataclasses.replace(
+            row, provider="engine bf16", role="ours", dtype="bf16", ratio_vs_eager=4.0, ratio_vs_compile=3.0,
+            ratio_vs_best_other=1.5, best_other="compile bf16", pct_of_floor=77.0, max_rel_err=3e-3, tolerance=8e-3,
+        )  # fmt: skip
+        ceiling = {"name": "ceiling.matmul", "dtype": "bf16", "tflop_s": 0.9}
+        write_rows(tmp_path / "benchmarks" / "results" / folder / "teacher.jsonl", [ceiling, row, ours])
+
+    stored("one-2026-01-01", "A card", 11.0)
+    stored("one-2026-01-02", "A card", 22.0)
+    stored("other-2025-12-31", "Another", 33.0)
+    text = report.render(tmp_path, "teacher")
+    assert text.index("**A card**") < text.index("**Another**") and text.count("**A card**") == 1
+    assert "matrix product 0.9 TFLOP/s bf16; rows: `benchmarks/results/one-2026-01-02/teacher.jsonl`" in text
+    assert (
+        "| engine bf16 | 22 ms | 2.0 | 77 | **4.00x** | 3.00x | **1.50x** (compile bf16) | 3e-03 | 8e-03 | - |" in text
+    )
+    assert "33 ms" in text and "11 ms" not in text
