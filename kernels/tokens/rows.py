@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cohobate.kernels import tuning
+from cohobate.kernels.memory import recycled
 from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
 from cohobate.kernels.triton_support import architecture, jit, tl, triton
 
@@ -170,13 +171,13 @@ def aot_cases(architecture: str) -> list[AotCase]:
 
 
 def _take_native(x: Tensor, rows: Tensor) -> Tensor:
-    out = x.new_empty(rows.shape[0], rows.shape[1], x.shape[-1])
+    out = recycled((rows.shape[0], rows.shape[1], x.shape[-1]), x.dtype)
     torch.ops.cohobate_native.take(x, rows, out)
     return out
 
 
 def _put_native(x: Tensor, rows: Tensor, length: int) -> Tensor:
-    out = x.new_empty(x.shape[0], length, x.shape[-1])
+    out = recycled((x.shape[0], length, x.shape[-1]), x.dtype)
     torch.ops.cohobate_native.put(x, rows, out)
     return out
 
