@@ -32,6 +32,7 @@ from cohobate.kernels.transformer.fp8 import FP8, LARGEST
 from cohobate.teacher.anatomy import ACTIVATIONS
 from cohobate.teacher.frozen import FrozenTeacher, Layer
 from cohobate.teacher.product import Product
+from cohobate.teacher.targets import check_finite
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # activations that quantise their own result
 PRODUCTS = ("qkv", "proj", "fc1", "fc2")
@@ -327,7 +328,8 @@ def _calibrate(
         probed[n] = copy.copy(teacher._blocks[n - 1])
         for name in PRODUCTS:
             setattr(probed[n], name, _Probe(getattr(probed[n], name)))
-    teacher._check(list(_streams(teacher, probed, teacher.layers, pixels, rows).values()))
+    found = _streams(teacher, probed, teacher.layers, pixels, rows)
+    check_finite(list(found.values()), teacher.layers, teacher.name)
     return {n: [getattr(block, name).largest for name in PRODUCTS] for n, block in probed.items()}
 
 

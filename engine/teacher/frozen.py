@@ -1,8 +1,8 @@
 """The frozen teacher's runtime: the exact features of a ViT, computing only the layers and rows that are read.
 
 Weights are prepared once: the affine part of a norm goes into the product behind it and a layer scale into the product
-before it (exact in real arithmetic, done in fp32), matrices are cast to the compute dtype and, on a CPU, laid out as
-oneDNN reads them. A call embeds the patches asked for straight from uint8, stops behind the last layer asked for, and
+before it (exact in real arithmetic, done in fp32), matrices are cast to the compute dtype and, on a CPU, laid out for
+their kernel. A call embeds the patches asked for straight from uint8, stops behind the last layer asked for, and
 in the last block computes queries, projection and MLP for the rows that are read alone. No autocast, no gradient; on
 CUDA a shape is captured in a graph and replayed (:mod:`.graphs`). :func:`cohobate.teacher.fp8.quantise` makes it fp8.
 
@@ -28,6 +28,7 @@ from cohobate.teacher.anatomy import Affine, Anatomy, BlockWeights
 from cohobate.teacher.graphs import Replays, replayable
 from cohobate.teacher.product import Product, moved
 from cohobate.teacher.sources import own
+from cohobate.teacher.targets import check_finite, target_layers
 
 INITS = ("copy", "independent")
 
@@ -94,11 +95,7 @@ class FrozenTeacher(nn.Module):
             precision = precision or source.precision
             source = own.read(source, "encoder")
         self.precision = precision or Precision()
-        self.layers = (source.depth,) if layers is None else tuple(layers)
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise UserError(f"layers: expected ascending numbers, got {list(self.layers)}")
-        if self.layers[0] < 0 or self.layers[-1] > source.depth:
-            raise UserError(f"layers: expected numbers in [0, {source.depth}], got {list(self.layers)}")
+        self.layers = target_layers(layers, source.depth)
         self.name, self.grid, self.width, self.heads = source.name, source.grid, source.width, source.heads
         self.prefix, self.mean, self.std, self.eps = source.prefix.shape[0], source.mean, source.std, source.eps
         self.depth, self.activation = self.layers[-1], source.activation
@@ -167,7 +164,8 @@ class FrozenTeacher(nn.Module):
     def _compute(self, pixels: Tensor, rows: Tensor | None, queries: Tensor | None, norm: bool) -> list[Tensor]:
         found = self._features(pixels, rows, queries, self.layers)
         if not self._checked and type(pixels) is Tensor and not torch.compiler.is_compiling():
-            self._check(found)
+            check_finite(found, self.layers, self.name)
+            self._checked = True
         return [self._normed("norm", x) for x in found] if norm else found
 
     def _features(
@@ -217,14 +215,6 @@ class FrozenTeacher(nn.Module):
     def _normed(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
         return x if weight is None else add_norm(x, weight=weight, bias=bias, eps=self.eps)[1]
-
-    def _check(self, found: Sequence[Tensor]) -> None:
-        for layer, x in zip(self.layers, found, strict=True):
-            if not bool(x.isfinite().all()):
-                raise UserError(
-                    f"teacher: expected finite features, got inf or nan behind layer {layer} of {self.name}"
-                )
-        self._checked = True
 
     def flops(self, queries: int | None = None, patches: int | None = None) -> int:
         """Multiply-adds x 2 of one sample: ``patches`` visible (None: all), the last block for ``queries`` rows."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.teacher.sources import Source
+from cohobate.teacher.targets import check_finite, target_layers
 
 
 class OriginalTeacher(nn.Module):
@@ -37,11 +38,7 @@ class OriginalTeacher(nn.Module):
         super().__init__()
         if source.original is None:
             raise UserError(f"source: expected one that has its own module, got {source.name}")
-        self.layers = (source.depth,) if layers is None else tuple(layers)
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise UserError(f"layers: expected ascending numbers, got {list(self.layers)}")
-        if self.layers[0] < 0 or self.layers[-1] > source.depth:
-            raise UserError(f"layers: expected numbers in [0, {source.depth}], got {list(self.layers)}")
+        self.layers = target_layers(layers, source.depth)
         self.name, self.grid, self.width, self.prefix = source.name, source.grid, source.width, source.prefix
         self.mean, self.std, self.depth = source.mean, source.std, self.layers[-1]
         self.reasons = source.reasons
@@ -85,11 +82,7 @@ class OriginalTeacher(nn.Module):
             raise UserError(f"{name}: expected {wanted}, for {self.name} runs as it is ({reasons})")
         found = self._original.hidden_states(pixels, self.layers)
         if not self._checked and not torch.compiler.is_compiling():
-            for layer, x in zip(self.layers, found, strict=True):
-                if not bool(x.isfinite().all()):
-                    raise UserError(
-                        f"teacher: expected finite features, got inf or nan behind layer {layer} of {self.name}"
-                    )
+            check_finite(found, self.layers, self.name)
             self._checked = True
         return found if queries is None else [tokens.take(x, queries) for x in found]
 
