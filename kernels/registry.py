@@ -126,8 +126,12 @@ def choose(name: str, tensor: torch.Tensor, backend: str | None = None, **facts:
     Raises:
         ValueError: ``backend`` is not a known name, or the one asked for by name cannot run (every reason is listed).
     """
-    override = _overrides[-1] if _overrides else None
-    return _resolve(name, tensor.device.type, backend if backend is not None else override, tuple(facts.items()))
+    return _resolve(name, tensor.device.type, backend if backend is not None else asked(), tuple(facts.items()))
+
+
+def asked() -> str | None:
+    """The backend that the innermost :func:`use_backend` around this call asks for; None for none."""
+    return _overrides[-1] if _overrides else None
 
 
 def _resolve(name: str, device: str, backend: str | None, facts: tuple[tuple[str, Any], ...]) -> str:

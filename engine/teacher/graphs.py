@@ -141,9 +141,9 @@ def _describe(x: Tensor | None) -> Any:
     return None if x is None else (tuple(x.shape), x.dtype, x.device)
 
 
-def _choices() -> tuple[str, ...]:
+def _choices() -> tuple[str | None, ...]:
     """The backends asked for by name around this call: part of what was captured."""
-    return (*registry._overrides[-1:], "attention", *attention._overrides[-1:])
+    return registry.asked(), attention.asked()
 
 
 class Ahead:

@@ -96,8 +96,12 @@ def choose(device: str, dtype: torch.dtype, keys: int, head_dim: int, grad: bool
     Raises:
         ValueError: ``backend`` is not a known name, or the one asked for by name cannot run (every reason is listed).
     """
-    override = _overrides[-1] if _overrides else None
-    return _resolve(device, dtype, keys, head_dim, grad, backend if backend is not None else override)
+    return _resolve(device, dtype, keys, head_dim, grad, backend if backend is not None else asked())
+
+
+def asked() -> str | None:
+    """The backend that the innermost :func:`use_attention` around this call asks for; None for none."""
+    return _overrides[-1] if _overrides else None
 
 
 def _resolve(device: str, dtype: torch.dtype, keys: int, head_dim: int, grad: bool, backend: str | None) -> str:
