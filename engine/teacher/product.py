@@ -20,7 +20,7 @@ class Product:
     """``activation(x W^T + b)`` without gradient.
 
     On a CPU, in bf16, the weight is laid out at the first call and GELU is computed in the product's fp32 accumulators,
-    before they are rounded: by our own kernel, or by oneDNN's where that is faster (processors with AMX).
+    before they are rounded: by our own kernel where it can run, else by oneDNN's.
 
     Args:
         weight: [out, in]. bias: [out] or None. dtype: of the product. activation: a key of ``ACTIVATIONS``, or None.

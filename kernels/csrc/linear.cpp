@@ -1,6 +1,3 @@
-#ifdef COHOBATE_X86
-#define COHOBATE_X86_BUILD
-#endif
 #include "linear.h"
 
 #include <optional>
@@ -12,7 +9,7 @@
 
 namespace cohobate {
 
-// Whether the pair instruction is the fastest way to a bf16 product here: with AMX, oneDNN's is several times faster.
+// Whether this processor has the pair instruction, and no matrix tiles (AMX), which torch's product would use and ours not.
 static bool linear_is_fast() {
 #ifdef COHOBATE_X86
   unsigned a, b, c, d;

@@ -7,7 +7,6 @@
 #include "isa.h"
 #include "number.h"
 
-#ifdef COHOBATE_X86_BUILD
 namespace cohobate {
 namespace avx512bf16 {
 
@@ -28,4 +27,3 @@ void linear_dw(const bf16* grad, const bf16* x, float* dweight, float* dbias, in
 
 }  // namespace avx512bf16
 }  // namespace cohobate
-#endif

@@ -1,4 +1,3 @@
-#define COHOBATE_X86_BUILD
 #include "linear.h"
 
 #ifdef __AVX512BF16__

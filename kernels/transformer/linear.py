@@ -87,7 +87,7 @@ ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
 @functools.cache
 def is_fast() -> bool:
-    """Can ``native`` run here, and is it the fastest? On processors with avx512_bf16 and without AMX."""
+    """Is ``native`` for this processor? For those with avx512_bf16 and without AMX, whose tiles it does not use."""
     return not native.why_not() and bool(torch.ops.cohobate_native.linear_is_fast())
 
 
@@ -123,7 +123,7 @@ def _native_limit(*, x: torch.dtype, weight: torch.dtype, even: bool) -> list[st
     if not even:
         reasons.append("native multiplies pairs: both sizes of the weight must be even")
     if not native.why_not() and not is_fast():
-        reasons.append("native is for processors with avx512_bf16 and without AMX; torch's product is faster here")
+        reasons.append("native is for processors with avx512_bf16 and without AMX, whose tiles torch uses")
     return reasons
 
 
