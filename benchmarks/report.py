@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cohobate.benchmarks import command, quality
-from cohobate.benchmarks.harness import Row, read_rows
+from cohobate.benchmarks.harness import NOISY, Row, read_rows
 from cohobate.benchmarks.machine import ROOT
 from cohobate.errors import UserError
 
@@ -252,7 +252,8 @@ def ratio(row: Row | None, against: str) -> str:
         return "-"
     text = command.ratio_text(row, against)
     if text == "~":
-        return "within noise"
+        why = next((part for part in row.note.split("; ") if part.startswith(f"no ratio vs {against}:")), "")
+        return "unsteady" if why.endswith(f"exceeds {NOISY:.0%}") else "within noise"
     if text != "-":
         return text
     for reason in ("numerics", "baseline missing"):
@@ -327,7 +328,7 @@ def draw(results: Results, path: Path) -> None:
             )
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(groups)), [f"{case[0].name}\n{case[0].mode}" for case in groups], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.5, -0.5)  # a case without a bar has its room, too
     axes.margins(x=0.12)
     axes.set_xlabel("times as fast as the literal eager form in fp32 (dotted: 1)", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)

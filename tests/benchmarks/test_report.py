@@ -68,6 +68,9 @@ def test_a_refused_ratio_is_said_in_words() -> None:
     )
     assert report.ratio(dataclasses.replace(row, note="failed: RuntimeError: x"), "eager") == "failed"
     assert report.ratio(None, "eager") == "-"
+    note = "no ratio vs eager: spread 53% exceeds 50%; no ratio vs compile: spread 30% exceeds the difference 20%"
+    row = dataclasses.replace(row, note=note)
+    assert [report.ratio(row, against) for against in ("eager", "compile")] == ["unsteady", "within noise"]
 
 
 def test_every_row_and_the_machine(root: Path) -> None:
