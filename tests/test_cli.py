@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cohobate import cli, data
+from cohobate.cli import info
 from cohobate.errors import UserError
 
 SMALL = ["data.generate=null", "data.workers=0", "log.tensorboard=false", "device=cpu", "data.batch_size=16"]
@@ -114,7 +115,7 @@ def test_only_the_users_mistakes_are_hushed(monkeypatch: pytest.MonkeyPatch, cap
         def verb(_: list[str]) -> int:
             raise error
 
-        monkeypatch.setattr(cli, "_info", verb)
+        monkeypatch.setattr(info, "main", verb)
 
     fails(UserError("seed: expected\nsomething"))
     assert complaint(capfd, "info") == "cohobate: seed: expected something"
@@ -134,7 +135,7 @@ def test_an_ops_complaint_is_one_line_too(capfd: pytest.CaptureFixture[str], mon
         tokens.take(torch.zeros(2, 3, 4), torch.zeros(2, 2, dtype=torch.int64))
         return 0
 
-    monkeypatch.setattr(cli, "_info", verb)
+    monkeypatch.setattr(info, "main", verb)
     assert "int32" in complaint(capfd, "info")
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
+from cohobate.cli.parsing import Parser, parse
+
 PACKAGES = (
     "torch",
     "triton",
@@ -35,6 +37,16 @@ def version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def main(arguments: list[str]) -> int:
+    """Print everything that :func:`show` knows."""
+    if (
+        parse(Parser(prog="cohobate info", description="What works here, and why the rest does not."), arguments)
+        is not None
+    ):
+        show()
+    return 0
 
 
 def show() -> None:
