@@ -1,7 +1,7 @@
 """The command line: ``cohobate VERB ...``, or ``python -m cohobate VERB ...`` (which torchrun needs).
 
-Every verb is a file here that imports what it needs when it runs, so ``--help`` is quick. A mistake of the user's is one
-line on standard error and exit code 2; a mistake of ours keeps its traceback.
+Every verb is a file here that imports what it needs when it runs, so ``--help`` is quick. A mistake of the user's is
+one line on standard error and exit code 2; a mistake of ours keeps its traceback.
 """
 
 from __future__ import annotations
