@@ -1,4 +1,4 @@
-"""``cohobate bench step``: a whole dBOT training step, ours against the literal implementation of the same step.
+"""``cohobate bench step``: a whole training step of a method, ours against the literal implementation of the same step.
 
 One step is forward, backward, gradient clipping and AdamW, from one batch, one mask and one set of weights. The literal
 step gets normalised fp32 images, as a published loader hands them over; ours reads uint8 and normalises by itself.
@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,103 +19,16 @@ from torch import Tensor, nn
 from cohobate import models
 from cohobate.benchmarks import command
 from cohobate.benchmarks.harness import QUICK, Case, Provider, Row, errors, measure
-from cohobate.benchmarks.reference import dbot, vit
+from cohobate.benchmarks.twins import CLIPS, MAKERS, Shape, Twins, make
 from cohobate.errors import UserError
 from cohobate.kernels import Cost
-from cohobate.masking import MaskPlan, random_plan
-from cohobate.methods import DBOT
-from cohobate.models import Decoder, Precision, VisionTransformer
-from cohobate.models.layers import Block
-from cohobate.teacher import FrozenTeacher
 from cohobate.training.optimizer import Updater
 
-FP32 = Precision(torch.float32, torch.float32)
 CLIP, LEARNING_RATE, BETAS, WEIGHT_DECAY = 3.0, 2.4e-3, (0.9, 0.95), 0.05
-MASK_RATIO = 0.75
 # fp32 sums in another order, through a whole network and back; the largest error over all gradient tensors.
 SAME_MATHS = 1e-5
 # In bf16 a step may be twice as far from the fp32 step as the literal one under autocast: flash-attention's rule.
 ERROR_RATIO = 2.0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is trained: a named encoder, square images, a batch."""
-
-    size: str = "base"
-    image: int = 224
-    batch: int = 8
-
-    def __str__(self) -> str:
-        return f"ViT-{self.size}, {self.image} px, batch {self.batch}, mask {MASK_RATIO}"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a method reads of a batch."""
-
-    pixels: Tensor
-
-
-@dataclass
-class Parts:
-    """The engine's modules, the literal twin with the same weights, and one batch."""
-
-    method: DBOT
-    literal: dbot.DBOT
-    batch: Batch
-    images: Tensor
-    plan: MaskPlan
-
-    @classmethod
-    def make(cls, shape: Shape, device: str, seed: int) -> Parts:
-        """Random weights and pixels; the teacher is drawn independently of the student."""
-        generator = torch.Generator().manual_seed(seed)
-        student = models.build(shape.size, image_size=shape.image)
-        other = student.like()
-        for model in (student, other):
-            model.reset(generator)
-        decoder = Decoder.for_encoder(student, student.width)
-        decoder.reset(generator)
-        method = DBOT(student, decoder, FrozenTeacher(other)).to(device)
-        literal = dbot.DBOT(_twin(student), _twin_decoder(decoder), _twin(other), MASK_RATIO).to(device)
-        pixels = torch.randint(
-            0, 256, (shape.batch, *student.grid.pixel_shape), dtype=torch.uint8, generator=generator
-        ).to(device)
-        plan = random_plan(
-            student.grid,
-            torch.arange(shape.batch, device=device),
-            seed=seed,
-            stage=0,
-            epoch=0,
-            ratio=MASK_RATIO,
-        )
-        images = vit.normalise(pixels, student.mean, student.std)
-        return cls(method, literal, Batch(pixels), images, plan)
-
-    def exact(self) -> DBOT:
-        """The engine's step in fp32 throughout, with the same weights."""
-        student = self.method.student.like(precision=FP32)
-        student.load_state_dict(self.method.student.state_dict())
-        decoder = Decoder.for_encoder(student, student.width)
-        decoder.load_state_dict(self.method.decoder.state_dict())
-        teacher = student.like()
-        teacher.load_state_dict(self.literal.teacher.state_dict())
-        return DBOT(student, decoder, FrozenTeacher(teacher)).to(self.images.device)
-
-
-def _twin(encoder: VisionTransformer) -> vit.Encoder:
-    _, rows, columns = encoder.grid.shape
-    twin = vit.Encoder((rows, columns), encoder.grid.patch[1], encoder.width, encoder.depth, encoder.heads)
-    twin.load_state_dict(encoder.state_dict())
-    return twin
-
-
-def _twin_decoder(decoder: Decoder) -> vit.Decoder:
-    heads = cast(Block, decoder.blocks[0]).attn.heads
-    twin = vit.Decoder(decoder.grid.size, decoder.embed.in_features, decoder.out, decoder.width, decoder.depth, heads)
-    twin.load_state_dict(decoder.state_dict())
-    return twin
 
 
 class Step:
@@ -187,25 +99,22 @@ def autocast(loss: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     return run
 
 
-def run(
-    shape: Shape, setting: command.Setting, *, seed: int = 0, compiled: bool = True, precision: Precision | None = None
-) -> list[Row]:
+def run(shape: Shape, setting: command.Setting, *, seed: int = 0, compiled: bool = True) -> list[Row]:
     """Check and time every provider of the step; one row each.
 
     Raises:
         UserError: the engine in fp32 does not agree with the literal step; then nothing is timed.
     """
     device = setting.device
-    parts = Parts.make(shape, device, seed)
-    noise = parts.plan.where.float()
-    cost = Cost(bytes=0, flops=shape.batch * parts.method.flops(parts.plan))
+    twins = make(shape, device, seed)
+    cost = Cost(bytes=0, flops=shape.batch * twins.method.flops(twins.plan))
 
-    literal = Step(parts.literal, lambda: parts.literal(parts.images, noise), literal_update(parts.literal))
+    literal = Step(twins.literal, lambda: twins.literal(*twins.inputs), literal_update(twins.literal))
     expected = {name: value.clone() for name, value in literal.results(literal()).items()}
-    case = Case("dbot_step", str(shape), device, expected)
-    exact = _check_fp32(parts, case, setting)
+    case = Case(f"{shape.recipe}_step", str(shape), device, expected)
+    exact = _check_fp32(twins, case, setting)
 
-    engine = Step(parts.method, lambda: parts.method.loss(parts.batch, parts.plan).total, engine_update(parts.method))
+    engine = _engine(twins.method, twins)
     half = literal.with_loss(autocast(literal.loss, device))
     half.reset()
     allowed = ERROR_RATIO * max(value or 0.0 for value in errors(half.results(half()), expected))
@@ -214,8 +123,8 @@ def run(
         _provider("literal bf16 autocast", half, "other", "bf16", allowed, cost),
     ]
     if compiled:
-        program = torch.compile(parts.literal)
-        fast = literal.with_loss(autocast(lambda: program(parts.images, noise), device))
+        program = torch.compile(twins.literal)
+        fast = literal.with_loss(autocast(lambda: program(*twins.inputs), device))
         providers.append(_provider("literal bf16 compiled", fast, "compile", "bf16", allowed, cost))
     providers.append(_provider("engine bf16", engine, "ours", "bf16", allowed, cost))
     baselines = ("eager", "compile") if compiled else ("eager",)
@@ -228,6 +137,10 @@ def run(
         baselines=baselines,
     )
     return [exact, *rows]
+
+
+def _engine(method: Any, twins: Twins) -> Step:
+    return Step(method, lambda: method.loss(twins.batch, twins.plan).total, engine_update(method))
 
 
 def _provider(name: str, step: Step, role: str, dtype: str, tolerance: float, cost: Cost) -> Provider:
@@ -245,16 +158,15 @@ def _provider(name: str, step: Step, role: str, dtype: str, tolerance: float, co
     )
 
 
-def _check_fp32(parts: Parts, case: Case, setting: command.Setting) -> Row:
+def _check_fp32(twins: Twins, case: Case, setting: command.Setting) -> Row:
     """A row without timings: the engine in fp32 computes the literal step."""
-    method = parts.exact()
-    step = Step(method, lambda: method.loss(parts.batch, parts.plan).total, engine_update(method))
+    step = _engine(twins.exact(), twins)
     row = Row(case.name, "engine fp32", "ours", "train", case.device, "fp32", case.shape)
     row.max_rel_err, row.grad_rel_err = errors(step.results(step()), case.expected)
     row.tolerance, row.note, row.env = SAME_MATHS, "checked, not timed", dict(setting.environment)
     if not row.agrees:
         raise UserError(
-            f"dbot_step: the engine in fp32 disagrees with the literal step: loss {row.max_rel_err:.1e}, "
+            f"{case.name}: the engine in fp32 disagrees with the literal step: loss {row.max_rel_err:.1e}, "
             f"gradient {row.grad_rel_err:.1e}, allowed {SAME_MATHS:.0e}"
         )
     return row
@@ -268,16 +180,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cohobate bench step", description=__doc__)
     command.add_options(parser)
+    parser.add_argument("--recipe", choices=tuple(MAKERS), default="dbot", help="method (default: dbot)")
     parser.add_argument("--size", choices=tuple(models.SIZES), default="base", help="encoder (default: base)")
-    parser.add_argument("--image", type=int, default=224, help="side of the images, pixels (default: 224)")
-    parser.add_argument("--batch", type=int, default=8, help="images a step (default: 8)")
+    parser.add_argument("--image", type=int, default=224, help="side of images or frames, pixels (default: 224)")
+    parser.add_argument("--batch", type=int, default=8, help="images or clips a step (default: 8)")
+    parser.add_argument("--frames", type=int, default=16, help=f"of a clip, for {' and '.join(CLIPS)} (default: 16)")
     args = parser.parse_args(argv)
     if args.batch < 1:
         raise UserError(f"--batch: expected at least 1, got {args.batch}")
-    shape = Shape(args.size, args.image, args.batch)
+    shape = Shape(args.recipe, args.size, args.image, args.batch, args.frames)
     setting = command.prepare(args)
     if args.quick:
-        shape, setting = Shape("tiny", 64, 2), dataclasses.replace(setting, effort=QUICK)
+        shape = Shape(args.recipe, "tiny", 64, 2, 4)
+        setting = dataclasses.replace(setting, effort=QUICK)
     rows = run(shape, setting, seed=args.seed, compiled=not args.quick)
     return command.finish(args, setting, rows)
 

@@ -25,7 +25,8 @@ from cohobate import models
 from cohobate.benchmarks import command
 from cohobate.benchmarks.harness import QUICK, Case, Provider, Row, errors, measure
 from cohobate.benchmarks.reference import vit
-from cohobate.benchmarks.step import ERROR_RATIO, FP32, MASK_RATIO
+from cohobate.benchmarks.step import ERROR_RATIO
+from cohobate.benchmarks.twins import FP32, MASK_RATIO
 from cohobate.errors import UserError
 from cohobate.kernels import Cost
 from cohobate.masking import random_plan
