@@ -22,6 +22,7 @@ from cohobate.kernels.alignment.align import standardise_reference
 from cohobate.masking import MaskPlan
 from cohobate.methods.objective import AlignTerm, HasPixels, StepLoss, objective
 from cohobate.models import Decoder, VisionTransformer
+from cohobate.models.pixels import renormalise
 from cohobate.teacher import OriginalTeacher, Teacher
 
 PUBLISHED = Standardise(ddof=1, eps=1e-6, eps_inside=True)
@@ -124,7 +125,8 @@ class DBOT(nn.Module):
         """One step's loss.
 
         Args:
-            batch: ``batch.pixels`` uint8 [B, T, H, W, C].
+            batch: ``batch.pixels`` [B, T, H, W, C], uint8, or floating and normalised by the student's ``mean`` and
+                ``std`` (the teacher gets them by its own).
             plan: what the student sees; the teacher sees everything. [B, N], or M masks a sample, [M * B, N] with the
                 views one after the other (``random_plan(masks=M)``).
             generator: where drop path draws from.
@@ -141,11 +143,11 @@ class DBOT(nn.Module):
         if len(plan.order) != masks * len(pixels) or not masks:
             raise UserError(f"plan: expected {len(pixels)} samples or a multiple, got {len(plan.order)}")
         rows = self.counted(plan, self.teacher.prefix)
-        (target,) = self.teacher(pixels, queries=rows if masks == 1 else None, norm=options.target_norm)
+        seen = renormalise(pixels, self.student, self.teacher)
+        (target,) = self.teacher(seen, queries=rows if masks == 1 else None, norm=options.target_norm)
         if masks > 1:
             pixels = pixels.repeat(masks, 1, 1, 1, 1)
-        encoded = self.student(pixels, plan.visible, generator=generator)
-        prediction = self.decoder(encoded, plan, self.counted(plan, self.student.prefix), generator=generator)
+        prediction = self.predict(pixels, plan, self.counted(plan, self.student.prefix), generator)
         term = AlignTerm(
             "loss/align",
             [prediction] if masks == 1 else prediction.chunk(masks),
@@ -158,10 +160,17 @@ class DBOT(nn.Module):
         spread = {"target/std": target.float().flatten(0, 1).std(0).mean()} if signals else None
         return objective([term], spread)
 
+    def predict(self, pixels: Tensor, plan: MaskPlan, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What the student makes of the rows [B, q] int32 in [0, P + N): [B, q, D_T]."""
+        encoded = self.student(pixels, plan.visible, generator=generator)
+        predicted: Tensor = self.decoder(encoded, plan, rows, generator=generator)
+        return predicted
+
     @torch.no_grad()
     def targets(self, batch: HasPixels) -> Tensor:
         """The targets of all patches, [B, N, D_T] fp32, standardised as in the loss: for pictures."""
-        (target,) = self.teacher(batch.pixels, norm=self.options.target_norm)
+        seen = renormalise(batch.pixels, self.student, self.teacher)
+        (target,) = self.teacher(seen, norm=self.options.target_norm)
         target = target[:, self.teacher.prefix :].float()
         standardise = self.options.standardise
         return target if standardise is None else standardise_reference(target, standardise)
@@ -169,6 +178,10 @@ class DBOT(nn.Module):
     def flops(self, plan: MaskPlan, masks: int = 1) -> int:
         """Multiply-adds x 2 of one crop's step: teacher forward, and a forward and backward of the rest a mask."""
         counted = plan.tokens - plan.student + int(self.options.cls)
-        trained = self.student.flops(plan.student) + self.decoder.flops(plan.student, counted)
         no_gradient = 2 * plan.student * self.student.grid.row_length * self.student.width  # pixels need none
-        return self.teacher.flops(counted if masks == 1 else None) + masks * (3 * trained - no_gradient)
+        trained = 3 * self.predict_flops(plan, counted) - no_gradient
+        return self.teacher.flops(counted if masks == 1 else None) + masks * trained
+
+    def predict_flops(self, plan: MaskPlan, counted: int) -> int:
+        """Of :meth:`predict` for one sample and ``counted`` rows."""
+        return self.student.flops(plan.student) + self.decoder.flops(plan.student, counted)

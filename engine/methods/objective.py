@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from cohobate.kernels.alignment import Standardise, align_loss, pixel_loss
+from cohobate.kernels.alignment.pixel import pixel_loss_reference
+from cohobate.models.pixels import Statistics, denormalise
 
 
 class HasPixels(Protocol):
@@ -17,7 +19,7 @@ class HasPixels(Protocol):
 
     @property
     def pixels(self) -> Tensor:
-        """[B, T, H, W, C] uint8."""
+        """[B, T, H, W, C] uint8, or floating and normalised by the student's ``mean`` and ``std``."""
 
 
 class StepLoss(NamedTuple):
@@ -32,6 +34,7 @@ class StepLoss(NamedTuple):
 class AlignTerm:
     """weight * mean over layers of loss(prediction, target), predictions [B, n, D_T] each, rows already chosen.
 
+    ``reduction``: "mean" over the layers, or their "sum".
     ``target_rows``: where those rows stand in each target [B, R, D_T], int32 [B, n] a layer; None if they are chosen
     already. A target may stand in several layers, with rows of their own: it is read where it lies, never copied.
     """
@@ -44,6 +47,7 @@ class AlignTerm:
     beta: float = 2.0
     standardise: Standardise | None = None
     target_rows: Sequence[Tensor] | None = None
+    reduction: str = "mean"
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -54,7 +58,10 @@ class AlignTerm:
 
 @dataclass(frozen=True)
 class PixelTerm:
-    """weight * mean squared error against normalised pixels of the patches ``rows``."""
+    """weight * mean squared error against normalised pixels of the patches ``rows``.
+
+    ``pixels``: uint8, or floating and already normalised by ``mean`` and ``std``; the target is the same.
+    """
 
     name: str
     prediction: Tensor
@@ -73,9 +80,10 @@ def objective(terms: Sequence[AlignTerm | PixelTerm], signals: dict[str, Tensor]
     totals: list[Tensor] = []
     values: dict[str, Tensor] = {}
     for pixel in (term for term in terms if isinstance(term, PixelTerm)):
-        loss = pixel_loss(
+        squared_error = pixel_loss_reference if pixel.pixels.is_floating_point() else pixel_loss
+        loss = squared_error(
             pixel.prediction,
-            pixel.pixels,
+            byte_levels(pixel.pixels, pixel),
             pixel.rows,
             patch=pixel.patch,
             mean=pixel.mean,
@@ -97,12 +105,25 @@ def objective(terms: Sequence[AlignTerm | PixelTerm], signals: dict[str, Tensor]
             loss=group[0].loss,
             beta=group[0].beta,
             standardise=group[0].standardise,
-            weights=[term.weight / len(term.predictions) for term in group for _ in term.predictions],
+            weights=[term.weight * _share(term) for term in group for _ in term.predictions],
         )
         totals.append(result.total)
         start = 0
         for term in group:
             stop = start + len(term.predictions)
-            values[term.name] = result.per_layer[start:stop].mean()
+            values[term.name] = result.per_layer[start:stop].sum() * _share(term)
             start = stop
     return StepLoss(sum(totals[1:], totals[0]), values, signals or {})
+
+
+def _share(term: AlignTerm) -> float:
+    """What one layer counts in its term."""
+    return 1 / len(term.predictions) if term.reduction == "mean" else 1.0
+
+
+def byte_levels(pixels: Tensor, by: Statistics) -> Tensor:
+    """Pixels [B, T, H, W, C] as the pixel loss reads them: bytes as they are, normalised floats as levels of 0 to 255.
+
+    The second are not rounded: other people's crops need not have whole levels.
+    """
+    return denormalise(pixels, by) * 255 if pixels.is_floating_point() else pixels

@@ -17,6 +17,7 @@ from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.kernels.backends import attend
 from cohobate.kernels.transformer import add_norm, bias_gelu, linear
+from cohobate.models.positions import bias_of_queries
 
 NORM_EPS = 1e-6
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -100,6 +101,19 @@ class Stream(NamedTuple):
         return (self.x + branch).to(self.x.dtype)
 
 
+class LayerScale(nn.Module):
+    """A branch times one learned number a channel, in the branch's dtype (CaiT, Touvron et al., ICCV 2021)."""
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return x * self.gamma.to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection, rows q, k, v and heads contiguous inside each."""
 
@@ -111,13 +125,17 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D], or [B, n, D] when only the rows ``queries`` [B, n] int32 are asked for."""
+    def forward(self, x: Tensor, queries: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D], or [B, n, D] when only the rows ``queries`` [B, n] int32 are asked for.
+
+        ``bias`` [H, N, N] or [B, H, N, N] is added to the scores of all rows; None for none.
+        """
         width = x.shape[-1]
         if queries is None:
-            return self.proj(attend(self.qkv(x), self.heads))
+            return self.proj(attend(self.qkv(x), self.heads, bias=bias))
         q = self.qkv.part(tokens.take(x, queries), 0, width)
-        return self.proj(attend(self.qkv.part(x, width, 3 * width), self.heads, q))
+        bias = None if bias is None else bias_of_queries(bias, queries)
+        return self.proj(attend(self.qkv.part(x, width, 3 * width), self.heads, q, bias=bias))
 
 
 class Mlp(nn.Module):
@@ -136,27 +154,37 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    ``layer_scale``: first value of the layer scales; None leaves them out.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None) -> None:
         super().__init__()
         self.norm1 = Norm(width)
         self.attn = Attention(width, heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = Norm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(
-        self, stream: Stream, compute: torch.dtype, drop: Tensor | None = None, queries: Tensor | None = None
+        self,
+        stream: Stream,
+        compute: torch.dtype,
+        drop: Tensor | None = None,
+        queries: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Stream:
         """The residual stream [B, N, D] behind the block, or [B, n, D]: the rows ``queries`` alone, exactly.
 
-        ``drop`` [2, B]: factors of the two branches (drop path), None for none.
+        ``drop`` [2, B]: factors of the two branches (drop path), None for none. ``bias``: as in :class:`Attention`.
         """
         stream, normed = self.norm1.add(stream, compute)
-        branch = self.attn(normed, queries)
+        branch = self.ls1(self.attn(normed, queries, bias))
         x = stream.x if queries is None else tokens.take(stream.x, queries)
         stream, normed = self.norm2.add(Stream(x, branch, None if drop is None else drop[0]), compute)
-        return Stream(stream.x, self.mlp(normed), None if drop is None else drop[1])
+        return Stream(stream.x, self.ls2(self.mlp(normed)), None if drop is None else drop[1])
 
 
 class DropPath(nn.Module):
@@ -191,11 +219,12 @@ def run_blocks(
     compute: torch.dtype,
     drop: Tensor | None = None,
     queries: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Stream:
-    """Every block in turn; the last one only for the rows ``queries`` when they are given."""
+    """Every block in turn; the last one only for the rows ``queries`` when they are given. All share ``bias``."""
     last = len(blocks) - 1
     for i, block in enumerate(blocks):
-        stream = block(stream, compute, None if drop is None else drop[i], queries if i == last else None)
+        stream = block(stream, compute, None if drop is None else drop[i], queries if i == last else None, bias)
     return Stream(tokens.take(stream.settled(), queries)) if queries is not None and last < 0 else stream
 
 
@@ -212,7 +241,7 @@ def blocks_flops(blocks: nn.ModuleList, tokens: int, queries: int) -> int:
 
 @torch.no_grad()
 def draw(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw every Linear (Xavier uniform, bias 0) and reset every Norm (1, 0) of ``module``, in order of their names.
+    """Draw every Linear (Xavier uniform, bias 0) and reset every Norm (1, 0) and LayerScale, in order of their names.
 
     Numbers are drawn on the CPU in fp32, so a seeded generator gives the same weights on every device and rank.
     """
@@ -224,6 +253,8 @@ def draw(module: nn.Module, generator: torch.Generator | None = None) -> None:
         elif isinstance(child, Norm):
             child.weight.fill_(1)
             child.bias.zero_()
+        elif isinstance(child, LayerScale):
+            child.gamma.fill_(child.value)
 
 
 @torch.no_grad()

@@ -47,10 +47,14 @@ def build(
     precision: Precision | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    positions: str = "sincos",
+    layer_scale: float | None = None,
+    relative_positions: bool = False,
 ) -> VisionTransformer:
     """An encoder of a named size; ``width``, ``depth``, ``heads`` and ``patch`` replace the size's own.
 
-    ``mean`` and ``std`` default to ImageNet's for 3 channels and to 0.5 otherwise.
+    ``mean`` and ``std`` default to ImageNet's for 3 channels and to 0.5 otherwise; the last three are explained at
+    :class:`VisionTransformer`.
 
     Raises:
         UserError: an unknown size, or values that do not fit together; the message names the argument.
@@ -73,4 +77,7 @@ def build(
         precision,
         mean if mean is not None else IMAGENET_MEAN if rgb else [0.5] * channels,
         std if std is not None else IMAGENET_STD if rgb else [0.5] * channels,
+        positions,
+        layer_scale,
+        relative_positions,
     )

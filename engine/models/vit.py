@@ -1,4 +1,4 @@
-"""The vision transformer, from uint8 pixels to tokens; state-dict keys are timm's."""
+"""The vision transformer, from pixels to tokens; state-dict keys are timm's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from cohobate.models.layers import (
     draw_xavier,
     run_blocks,
 )
-from cohobate.models.positions import position_table
+from cohobate.models.pixels import check_pixels, project
+from cohobate.models.positions import RelativePositionBias, position_table
 from cohobate.tokens import TokenGrid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+POSITIONS = ("sincos", "none")
 
 
 class Features(NamedTuple):
@@ -64,7 +66,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pre-norm ViT with fixed sine-cosine positions.
+    """Pre-norm ViT with fixed sine-cosine positions, or BEiT's: none, but a bias of the scores that all blocks share.
 
     Args:
         grid: how pixels are cut into tokens.
@@ -76,13 +78,18 @@ class VisionTransformer(nn.Module):
         drop_path: rate of the last block; the first block has 0.
         precision: dtypes of products and of the residual stream.
         mean, std: normalisation of pixels / 255, one number a channel.
+        positions: "sincos" adds the fixed table to the tokens, "none" adds nothing.
+        layer_scale: first value of the learned scales of the branches (CaiT, BEiT); None leaves them out.
+        relative_positions: a learned bias of the attention's scores by relative position, shared by all blocks (BEiT);
+            attention then runs on the backends that take one.
 
     Raises:
         UserError: an argument that does not fit; the message names it.
     """
 
     cls_token: nn.Parameter | None
-    pos_embed: nn.Parameter
+    pos_embed: nn.Parameter | None
+    rel_pos_bias: RelativePositionBias | None
 
     def __init__(
         self,
@@ -96,6 +103,9 @@ class VisionTransformer(nn.Module):
         precision: Precision | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        positions: str = "sincos",
+        layer_scale: float | None = None,
+        relative_positions: bool = False,
     ) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
@@ -103,20 +113,33 @@ class VisionTransformer(nn.Module):
                 raise UserError(f"{name}: expected {grid.channels} numbers, one a channel, got {len(values)}")
         if depth < 0:
             raise UserError(f"depth: expected 0 or more blocks, got {depth}")
+        if positions not in POSITIONS:
+            raise UserError(f"positions: expected one of {', '.join(POSITIONS)}; got {positions!r}")
+        if layer_scale is not None and not layer_scale > 0:
+            raise UserError(f"layer_scale: expected a number above 0 or None, got {layer_scale}")
         self.grid, self.width, self.depth, self.heads = grid, width, depth, heads
         self.prefix = int(cls_token)
         self.precision = precision or Precision()
         self.mean, self.std = tuple(mean), tuple(std)
+        self.positions, self.layer_scale, self.relative_positions = positions, layer_scale, relative_positions
         self._shape: dict[str, Any] = {"grid": grid, "width": width, "heads": heads, "mlp_ratio": mlp_ratio}
         self._shape |= {"cls_token": cls_token, "mean": self.mean, "std": self.std}
+        self._shape |= {"positions": positions, "layer_scale": layer_scale, "relative_positions": relative_positions}
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls_token else None
-        self.pos_embed = nn.Parameter(position_table(grid, width, self.prefix), requires_grad=False)
+        table = position_table(grid, width, self.prefix) if positions == "sincos" else None
+        self.pos_embed = None if table is None else nn.Parameter(table, requires_grad=False)
+        self.rel_pos_bias = RelativePositionBias(grid, heads, self.prefix) if relative_positions else None
         self.patch_embed = PatchEmbed(grid, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.norm = Norm(width)
         self.drop_path = DropPath(drop_path, depth)
         self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.patch_embed.proj.weight.device
 
     def like(self, *, depth: int | None = None, precision: Precision | None = None) -> VisionTransformer:
         """A freshly drawn model of the same shape without drop path, of another depth or precision if given."""
@@ -129,8 +152,8 @@ class VisionTransformer(nn.Module):
         """Draw all weights anew: a function of the generator alone, the same on every device and rank.
 
         Linear and patch kernels are Xavier uniform, biases 0, norms 1 and 0, the cls token N(0, 0.02), the patch bias
-        uniform in +-1/sqrt(row length) (torch's convolution default). ``keep_patch_bias`` leaves the patch bias as
-        it is, as the published dBOT code does at a stage boundary; its number is drawn all the same.
+        uniform in +-1/sqrt(row length) (torch's convolution default), relative positions 0. ``keep_patch_bias`` leaves
+        the patch bias as it is, as the published dBOT code does at a stage boundary; its number is drawn all the same.
         """
         draw(self, generator)
         draw_xavier(self.patch_embed.proj.weight, generator)
@@ -138,21 +161,26 @@ class VisionTransformer(nn.Module):
         draw_uniform(torch.empty_like(bias) if keep_patch_bias else bias, self.grid.row_length**-0.5, generator)
         if self.cls_token is not None:
             draw_normal(self.cls_token, 0.02, generator)
+        if self.rel_pos_bias is not None:
+            self.rel_pos_bias.relative_position_bias_table.zero_()
 
-    def embed(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Pixels [B, T, H, W, C] uint8 -> [B, P + n, D] in the residual dtype; only the patches ``rows`` [B, n] int32.
+    def embed(self, pixels: Tensor, rows: Tensor | None = None, *, positions: bool = True) -> Tensor:
+        """Pixels [B, T, H, W, C] -> [B, P + n, D] in the residual dtype; only the patches ``rows`` [B, n] int32.
+
+        ``pixels`` are as in :meth:`forward`; ``positions=False`` leaves them to somebody who adds them later.
 
         Raises:
             UserError: pixels of another shape than the grid's.
         """
-        table = self.pos_embed[0]
+        table = None if self.pos_embed is None or not positions else self.pos_embed[0]
+        front = self.patch_embed.proj.bias.new_empty(0, self.width) if self.cls_token is None else self.cls_token[0]
         return embed_tokens(
             pixels,
             rows,
             self.patch_embed.proj.rows(),
             self.patch_embed.proj.bias,
-            table[self.prefix :],
-            table[:0] if self.cls_token is None else self.cls_token[0] + table[:1],
+            None if table is None else table[self.prefix :],
+            front if table is None else front + table[: self.prefix],
             grid=self.grid,
             mean=self.mean,
             std=self.std,
@@ -165,20 +193,40 @@ class VisionTransformer(nn.Module):
         """Tokens after the last block and the final norm.
 
         Args:
-            pixels: [B, T, H, W, C] uint8.
+            pixels: [B, T, H, W, C], uint8, or floating and normalised by ``mean`` and ``std`` already (slower).
             rows: [B, n] int32, the patches to look at (``plan.visible``); None for all N.
             generator: where drop path draws from while training; None for torch's default.
 
         Returns:
             [B, P + n, D] in the compute dtype, the cls token first.
         """
-        stream = run_blocks(
-            self.blocks,
-            Stream(self.embed(pixels, rows)),
-            self.precision.compute,
-            self.drop_path(pixels.shape[0], generator),
-        )
+        return self.encode(self.embed(pixels, rows), rows, generator=generator)
+
+    def encode(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        *,
+        queries: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """What :meth:`forward` does behind the embedding.
+
+        Args:
+            x: [B, P + n, D] in the residual dtype, the embedded tokens.
+            rows: [B, n] int32, the patches that they are; None for all N.
+            queries: [B, q] int32, the rows of [0, P + n) that are read; the last block computes nothing else.
+            generator: where drop path draws from while training; None for torch's default.
+
+        Returns:
+            [B, q or P + n, D] in the compute dtype, behind the final norm.
+        """
+        drop = self.drop_path(x.shape[0], generator)
+        stream = run_blocks(self.blocks, Stream(x), self.precision.compute, drop, queries, self._bias(rows))
         return self.norm.add(stream, self.precision.compute)[1]
+
+    def _bias(self, rows: Tensor | None) -> Tensor | None:
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(rows)
 
     def intermediates(
         self,
@@ -207,7 +255,7 @@ class VisionTransformer(nn.Module):
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > self.depth:
             raise UserError(f"layers: expected ascending numbers in [0, {self.depth}], got {list(layers)}")
         stream = Stream(self.embed(pixels, rows))
-        drop = self.drop_path(pixels.shape[0], generator)
+        drop, bias = self.drop_path(pixels.shape[0], generator), self._bias(rows)
         found, start = [], 0
         for layer in layers:
             last = layer == layers[-1]
@@ -217,6 +265,7 @@ class VisionTransformer(nn.Module):
                 self.precision.compute,
                 None if drop is None else drop[start:layer],
                 queries if last else None,
+                bias,
             )
             stream = Stream(stream.settled())
             found.append(stream.x if last or queries is None else tokens.take(stream.x, queries))
@@ -252,28 +301,31 @@ def embed_tokens(
     """The residual stream in front of the first block, [B, P + n, D] in the residual dtype.
 
     Args:
-        pixels: [B, T, H, W, C] uint8. rows: [B, n] int32, the patches that are seen; None for all N.
-        weight, bias: patch kernel [D, row_length] and its bias [D]. positions: [N, D], of the patches.
+        pixels: [B, T, H, W, C], uint8, or floating and normalised by ``mean`` and ``std`` already.
+        rows: [B, n] int32, the patches that are seen; None for all N.
+        weight, bias: patch kernel [D, row_length] and its bias [D]. positions: [N, D], of the patches; None for none.
         prefix: [P, D], the tokens in front of them, positions added.
 
     Raises:
         UserError: pixels of another shape than the grid's.
     """
-    if pixels.dim() != 5 or tuple(pixels.shape[1:]) != grid.pixel_shape:
-        expected = ", ".join(map(str, grid.pixel_shape))
-        raise UserError(f"pixels: expected uint8 [B, {expected}], got {pixels.dtype} {list(pixels.shape)}")
-    fused = precision.compute == precision.residual  # else the sum must not be rounded to the compute dtype
-    x = tokens.embed_patches(
-        pixels,
-        rows,
-        weight,
-        bias,
-        positions if fused else None,
-        patch=grid.patch,
-        mean=mean,
-        std=std,
-        dtype=precision.compute,
-    )
+    check_pixels(pixels, grid)
+    fused = False
+    if pixels.is_floating_point():
+        x = project(pixels, rows, weight.to(precision.compute), bias, grid)
+    else:
+        fused = precision.compute == precision.residual  # else the sum must not be rounded to the compute dtype
+        x = tokens.embed_patches(
+            pixels,
+            rows,
+            weight,
+            bias,
+            positions if fused else None,
+            patch=grid.patch,
+            mean=mean,
+            std=std,
+            dtype=precision.compute,
+        )
     if positions is not None and not fused:
         x = x + (positions if rows is None else positions[rows.long()])
     x = x.to(precision.residual)

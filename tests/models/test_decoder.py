@@ -10,7 +10,7 @@ from cohobate import kernels, models, random_plan
 from cohobate.errors import UserError
 from cohobate.kernels.backends import use_attention
 from cohobate.masking import MaskPlan
-from cohobate.models import Decoder, Precision, VisionTransformer
+from cohobate.models import Decoder, PixelDecoder, Precision, VisionTransformer
 
 FP32 = Precision(torch.float32, torch.float32)
 
@@ -96,3 +96,79 @@ def test_a_decoder_of_another_encoder() -> None:
         decoder.check_fits(other)
     with pytest.raises(UserError, match="out: expected at least 1"):
         Decoder.for_encoder(encoder, 0)
+
+
+def clip_parts(precision: Precision = FP32, **changes: object) -> tuple[VisionTransformer, PixelDecoder, MaskPlan]:
+    """A clip of 2 x 4 x 4 tubelets, 8 of 32 visible."""
+    encoder, _, _ = parts(frames=4, tubelet=2, cls_token=False, precision=precision, **changes)
+    decoder = PixelDecoder.for_encoder(encoder, 20, width=24, depth=2, heads=2)
+    plan = random_plan(encoder.grid, torch.arange(3), seed=0, stage=0, epoch=0, ratio=0.75, tube=True)
+    return encoder, decoder, plan
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+def test_the_pixel_decoder_computes_masked_rows_alone(residual: torch.dtype) -> None:
+    """Behind the visible rows, in the order of ``plan.masked``; all rows asked for give the same numbers there."""
+    _, decoder, plan = clip_parts(Precision(torch.float32, residual))
+    x = torch.randn(3, plan.student, 48)
+    masked = decoder(x, plan)
+    everything = torch.arange(32, dtype=torch.int32).expand(3, -1)
+    tolerance = 1e-5 if residual == torch.float32 else 2e-2  # sums in another order; rounded to the residual's dtype
+    torch.testing.assert_close(masked, decoder(x, plan, everything)[:, plan.student :], rtol=tolerance, atol=tolerance)
+    assert masked.shape == (3, 24, 20) and torch.equal(decoder(x, plan, decoder.masked_rows(plan)), masked)
+
+
+def test_the_pixel_decoder_does_not_mind_the_order_of_the_plan() -> None:
+    """Visible tokens told in another order, with their positions: the same predictions; other positions: others."""
+    _, decoder, plan = clip_parts()
+    x = torch.randn(3, plan.student, 48)
+    out = decoder(x, plan)
+    order, moved = plan.order.clone(), x.clone()
+    order[:, [0, 5]], moved[:, [0, 5]] = order[:, [5, 0]], moved[:, [5, 0]]
+    same = decoder(moved, MaskPlan(order, plan.student, plan.teacher))
+    torch.testing.assert_close(same, out, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(decoder(moved, plan), out, rtol=1e-3, atol=1e-3)
+
+
+def test_the_pixel_decoder_with_a_cls_token() -> None:
+    encoder, _, plan = parts()
+    decoder = PixelDecoder.for_encoder(encoder, 20, width=24, depth=1, heads=2)
+    x = torch.randn(3, 1 + plan.student, 48, requires_grad=True)
+    out = decoder(x, plan)
+    assert out.shape == (3, 12, 20) and decoder.prefix == 1
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    assert float(gradient[:, 0].abs().min()) > 0  # masked rows attend to it
+
+
+@pytest.mark.parametrize(("size", "width", "heads", "count"), [("small", 192, 3, 2.08), ("base", 384, 6, 7.69)])
+def test_published_pixel_decoders(size: str, width: int, heads: int, count: float) -> None:
+    """Four blocks of half the encoder's width; parameters (M) are counted without the embedding, which has no bias."""
+    with torch.device("meta"):
+        encoder = models.build(size, frames=16, tubelet=2, cls_token=False)
+        decoder = PixelDecoder.for_encoder(encoder)
+    assert (decoder.width, decoder.depth, decoder.out) == (width, 4, 1536)
+    assert decoder.blocks[0].attn.heads == heads and decoder.embed.bias is None  # type: ignore[union-attr]
+    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad) - decoder.embed.weight.numel()
+    assert trained / 1e6 == pytest.approx(count, abs=0.005)
+
+
+def test_the_pixel_decoder_is_drawn_as_published() -> None:
+    """The embedding as torch draws a Linear, half of Xavier's spread and less; the token cut at one deviation."""
+    _, decoder, _ = clip_parts()
+    decoder.reset(torch.Generator().manual_seed(4))
+    first = decoder.mask_token.clone()
+    bound = float(decoder.embed.weight.abs().max())
+    assert 0.9 * 48**-0.5 < bound <= 48**-0.5
+    assert 0.015 < float(first.abs().max()) <= 0.02
+    decoder.reset(torch.Generator().manual_seed(4))
+    assert torch.equal(decoder.mask_token, first)
+    assert not decoder.head.bias.any()
+
+
+def test_flops_of_the_pixel_decoder_are_what_torch_counts() -> None:
+    _, decoder, plan = clip_parts()
+    x = torch.randn(3, plan.student, 48)
+    counter = FlopCounterMode(display=False)
+    with counter, kernels.use_backend("reference"), use_attention("explicit"), torch.no_grad():
+        decoder(x, plan)
+    assert counter.get_total_flops() == 3 * decoder.flops(plan.student, 24)

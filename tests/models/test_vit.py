@@ -12,6 +12,7 @@ from cohobate.errors import UserError
 from cohobate.kernels.backends import use_attention
 from cohobate.models import Precision, VisionTransformer
 from cohobate.models.layers import DropPath
+from cohobate.models.positions import relative_index
 
 FP32 = Precision(torch.float32, torch.float32)
 
@@ -240,6 +241,9 @@ def test_flops_are_what_torch_counts(visible: int | None) -> None:
         ({"drop_path": 1.0}, "drop_path: expected a rate"),
         ({"depth": -1}, "depth: expected 0 or more"),
         ({"mean": (0.5,)}, "mean: expected 3 numbers, one a channel, got 1"),
+        ({"positions": "learned"}, "positions: expected one of sincos, none; got 'learned'"),
+        ({"layer_scale": 0.0}, "layer_scale: expected a number above 0 or None, got 0.0"),
+        ({"relative_positions": True, "frames": 4, "tubelet": 2}, "relative_positions: expected the grid of an image"),
     ],
 )
 def test_refuses(changes: dict[str, object], named: str) -> None:
@@ -250,7 +254,7 @@ def test_refuses(changes: dict[str, object], named: str) -> None:
 def test_pixels_of_another_size() -> None:
     model = model_of()
     with pytest.raises(
-        UserError, match=r"pixels: expected uint8 \[B, 1, 32, 32, 3\], got torch.uint8 \[2, 1, 40, 32, 3\]"
+        UserError, match=r"pixels: expected uint8 or floating \[B, 1, 32, 32, 3\], got torch.uint8 \[2, 1, 40, 32, 3\]"
     ):
         model(torch.zeros(2, 1, 40, 32, 3, dtype=torch.uint8))
 
@@ -264,3 +268,79 @@ def test_a_grid_with_one_frame_of_tubelet_two_has_a_clip_kernel() -> None:
     model = VisionTransformer(TokenGrid(2, 8, 8, (2, 4, 4)), 48, 1, 4, cls_token=False, precision=FP32)
     assert model.patch_embed.proj.weight.shape == (48, 3, 2, 4, 4)
     assert model(pixels_of(model)).shape == (2, 4, 48)
+
+
+def test_the_index_of_relative_positions_by_hand() -> None:
+    """2 x 2 patches: 9 offsets; then class -> patch 9, patch -> class 10, class -> class 11."""
+    patches = [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    assert relative_index(2, 2, 0).tolist() == patches
+    assert relative_index(2, 2, 1).tolist() == [[11, 9, 9, 9, 9], *([10, *row] for row in patches)]
+    wide = relative_index(2, 3, 0)
+    assert wide.shape == (6, 6) and wide[5, 0] == (1 + 1) * 5 + 2 + 2 and wide.max() == 3 * 5 - 1 and wide.min() == 0
+
+
+def randomised(model: VisionTransformer) -> VisionTransformer:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ls" in name or "rel_pos" in name:
+                parameter.normal_(0, 1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize("seen", [False, True])
+def test_rows_and_queries_get_their_part_of_the_bias(cls_token: bool, seen: bool) -> None:
+    """Patches that are hidden are keys that nobody attends to: an infinite distance, written as a bias of -inf."""
+    model = randomised(model_of(cls_token=cls_token, depth=2, relative_positions=True, layer_scale=0.5))
+    pixels, prefix = pixels_of(model), int(cls_token)
+    rows = torch.tensor([[1, 4, 7, 15], [0, 2, 3, 9]], dtype=torch.int32) if seen else None
+    queries = torch.tensor([[0, 3], [2, 1]], dtype=torch.int32)
+    whole = model.intermediates(pixels, (1, 2), rows)
+    some = model.intermediates(pixels, (1, 2), rows, queries=queries)
+    for a, b in zip(some, whole, strict=True):
+        torch.testing.assert_close(a, kernels.tokens.take(b, queries), rtol=1e-5, atol=1e-5)
+    if rows is None:
+        return
+    assert model.rel_pos_bias is not None
+    full = model.rel_pos_bias()
+    for sample in range(2):  # the whole sequence, hidden keys shut off
+        shut = torch.full((model.grid.size + prefix,), float("-inf"))
+        kept = torch.cat([torch.arange(prefix), rows[sample].long() + prefix])
+        shut[kept] = 0
+        x = models.layers.Stream(model.embed(pixels[sample : sample + 1]))
+        for block in model.blocks:
+            x = block(x, torch.float32, None, None, full + shut)
+        torch.testing.assert_close(x.settled()[:, kept], whole[1][sample : sample + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_scale_of_one_changes_nothing_and_learns() -> None:
+    plain, scaled = model_of(), model_of(layer_scale=1.0)
+    assert {name for name in scaled.state_dict() if name not in plain.state_dict()} == {
+        f"blocks.{i}.ls{j}.gamma" for i in range(3) for j in (1, 2)
+    }
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    pixels = pixels_of(plain)
+    assert torch.equal(plain(pixels), scaled(pixels))
+    randomised(scaled)
+    folded = model_of()
+    folded.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for block, twin in zip(folded.blocks, scaled.blocks, strict=True):
+            for layer, scale in ((block.attn.proj, twin.ls1.gamma), (block.mlp.fc2, twin.ls2.gamma)):
+                layer.weight.mul_(scale[:, None])
+                layer.bias.mul_(scale)
+    torch.testing.assert_close(scaled(pixels), folded(pixels), rtol=1e-5, atol=1e-5)  # fp32: one rounding elsewhere
+    scaled(pixels).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in scaled.named_parameters() if ".ls" in name)
+
+
+def test_without_positions_patches_are_a_set() -> None:
+    """Tokens of the same patches in another order come out in that order."""
+    model = model_of(positions="none").eval()
+    pixels = pixels_of(model)
+    rows = torch.arange(16, dtype=torch.int32).expand(2, -1)
+    turned = rows.flip(1)
+    out, other = model(pixels, rows), model(pixels, turned)
+    torch.testing.assert_close(out[:, 1:].flip(1), other[:, 1:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model_of()(pixels, rows)[:, 0], out[:, 0])
