@@ -1,9 +1,10 @@
 """What a plain pre-norm ViT is made of, whoever wrote it: the form in which sources hand their weights to the runtime.
 
     x = [prefix; patches E^T + b + positions]            then the embedding's norm, where there is one (CLIP)
-    x = x + s1 * (softmax(q k^T / sqrt(d)) v W_o^T + b_o),   q, k, v = norm1(x) W_qkv^T + b_qkv
+    x = x + s1 * (softmax(q k^T / sqrt(d) + r) v W_o^T + b_o),   q, k, v = norm1(x) W_qkv^T + b_qkv
     x = x + s2 * mlp(norm2(x))
     mlp(y) = act(y W_1^T + b_1) W_2^T + b_2,   swiglu: (silu(gate) * value) W_2^T + b_2,  [gate; value] = y W_1^T + b_1
+    features = x, or norm(x), or norm(x) W_head^T where there is a head (CLIP's projection)
 
 :meth:`Anatomy.forward` is the specification in plain PyTorch, to which :class:`cohobate.teacher.FrozenTeacher` is held.
 """
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from cohobate.errors import UserError
 from cohobate.kernels import tokens
+from cohobate.models.pixels import project
+from cohobate.models.positions import bias_of_patches
 from cohobate.tokens import TokenGrid
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -67,7 +70,9 @@ class Anatomy:
 
     ``patch`` is [D, row_length] with columns ordered (frame, row, column, channel), for pixels normalised by ``mean``
     and ``std`` (in units of [0, 1] pixels). ``prefix`` [P, D] are the class and register tokens, their positions added.
-    ``positions`` [N, D] belong to the patches. ``name`` says where it came from.
+    ``positions`` [N, D] belong to the patches. ``relative`` [heads, P + N, P + N] is added to the scores of every block
+    (a shared relative position bias). ``head`` [D_T, D] is what its features are projected by, behind the final norm.
+    ``name`` says where it came from.
 
     Raises:
         UserError: parts that do not fit each other; the message names them.
@@ -87,6 +92,8 @@ class Anatomy:
     activation: str = "gelu"
     eps: float = 1e-6
     embed_norm: Affine | None = None
+    relative: Tensor | None = None
+    head: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -100,6 +107,11 @@ class Anatomy:
         _check("prefix", self.prefix, self.prefix.shape[0], self.width)
         if self.positions is not None:
             _check("positions", self.positions, self.grid.size, self.width)
+        if self.relative is not None:
+            length = len(self.prefix) + self.grid.size
+            _check("relative", self.relative, self.heads, length, length)
+        if self.head is not None:
+            _check("head", self.head, self.head.shape[0], self.width)
         gates = 2 if self.activation == "swiglu" else 1
         for i, block in enumerate(self.blocks):
             _check(f"blocks[{i}].qkv", block.qkv, 3 * self.width, self.width)
@@ -111,6 +123,11 @@ class Anatomy:
     def width(self) -> int:
         """D."""
         return self.patch.shape[0]
+
+    @property
+    def out(self) -> int:
+        """Width of the features: D_T where there is a head, else D."""
+        return self.width if self.head is None else self.head.shape[0]
 
     @property
     def depth(self) -> int:
@@ -129,10 +146,13 @@ class Anatomy:
         tokens keep their positions.
 
         Raises:
-            UserError: another patch size, number of channels or number of frames.
+            UserError: another patch size, number of channels or number of frames; or relative positions, which are not
+                interpolated.
         """
         if (grid.patch, grid.channels, grid.frames) != (self.grid.patch, self.grid.channels, self.grid.frames):
             raise UserError(f"grid: expected {self.grid} in another height and width, got {grid}")
+        if self.relative is not None and grid.shape != self.grid.shape:
+            raise UserError(f"grid: expected {self.grid.shape} tokens for relative positions, got {grid.shape}")
         table = self.positions
         if table is not None and grid.shape != self.grid.shape:
             frames, rows, columns = self.grid.shape
@@ -145,35 +165,46 @@ class Anatomy:
     def forward(
         self, pixels: Tensor, layers: Sequence[int], rows: Tensor | None = None, *, norm: bool = False
     ) -> list[Tensor]:
-        """Residual streams after the blocks ``layers`` (1-based; 0 is the embedding), eagerly, in the weights' dtype.
+        """Features after the blocks ``layers`` (1-based; 0 is the embedding), eagerly, in the weights' dtype.
 
         Args:
-            pixels: [B, T, H, W, C] uint8.
+            pixels: [B, T, H, W, C], uint8, or floating and normalised by ``mean`` and ``std`` already.
             layers: ascending numbers in [0, depth].
             rows: [B, n] int32, the patches that are seen; None for all N.
-            norm: apply the final norm to each.
+            norm: apply the final norm to each residual stream. Where there is a head, norm and head always are.
 
         Returns:
-            One [B, P + n, D] a layer.
+            One [B, P + n, D] a layer, [B, P + n, D_T] where there is a head.
         """
-        x = tokens.embed_patches(
-            pixels, rows, self.patch, self.patch_bias, self.positions,
-            patch=self.grid.patch, mean=self.mean, std=self.std, dtype=self.patch.dtype, backend="reference",
-        )  # fmt: skip
+        if pixels.is_floating_point():
+            x = project(pixels, rows, self.patch, self.patch_bias, self.grid)
+            if self.positions is not None:
+                x = x + (self.positions if rows is None else self.positions[rows.long()])
+        else:
+            x = tokens.embed_patches(
+                pixels, rows, self.patch, self.patch_bias, self.positions,
+                patch=self.grid.patch, mean=self.mean, std=self.std, dtype=self.patch.dtype, backend="reference",
+            )  # fmt: skip
         x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
         if self.embed_norm is not None:
             x = self._norm(x, self.embed_norm)
+        bias = self.relative
+        if bias is not None and rows is not None:
+            bias = bias_of_patches(bias, rows, len(self.prefix))
         found = [x] if 0 in layers else []
         for i, block in enumerate(self.blocks[: max(layers)], start=1):
-            x = self._block(x, block)
+            x = self._block(x, block, bias)
             if i in layers:
                 found.append(x)
-        return [self._norm(x, self.norm) for x in found] if norm and self.norm is not None else found
+        if self.norm is not None and (norm or self.head is not None):
+            found = [self._norm(x, self.norm) for x in found]
+        return found if self.head is None else [F.linear(x, self.head) for x in found]
 
-    def _block(self, x: Tensor, block: BlockWeights) -> Tensor:
+    def _block(self, x: Tensor, block: BlockWeights, bias: Tensor | None) -> Tensor:
         qkv = F.linear(self._norm(x, block.norm1), block.qkv, block.qkv_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        scores = scores if bias is None else scores + bias
         branch = F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), block.proj, block.proj_bias)
         x = x + (branch if block.scale1 is None else branch * block.scale1)
         hidden = ACTIVATIONS[self.activation](F.linear(self._norm(x, block.norm2), block.fc1, block.fc1_bias))

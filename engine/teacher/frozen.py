@@ -23,6 +23,7 @@ from cohobate.kernels import tokens
 from cohobate.kernels.backends import attend
 from cohobate.kernels.transformer import add_norm, add_norm_fp8
 from cohobate.models import Precision, VisionTransformer
+from cohobate.models.positions import bias_of_patches, bias_of_queries
 from cohobate.models.vit import embed_tokens
 from cohobate.teacher.anatomy import Affine, Anatomy, BlockWeights
 from cohobate.teacher.graphs import Replays, replayable
@@ -76,7 +77,8 @@ class FrozenTeacher(nn.Module):
             False not to. Off CUDA there are none.
 
     Attributes:
-        name, grid, width, heads, prefix, mean, std: of the model. layers, precision, cuda_graph: as given.
+        name, grid, heads, prefix, mean, std: of the model. width: of its features, D_T where it has a head.
+        layers, precision, cuda_graph: as given.
 
     Raises:
         UserError: layers that are not ascending inside [0, depth].
@@ -96,7 +98,7 @@ class FrozenTeacher(nn.Module):
             source = own.read(source, "encoder")
         self.precision = precision or Precision()
         self.layers = target_layers(layers, source.depth)
-        self.name, self.grid, self.width, self.heads = source.name, source.grid, source.width, source.heads
+        self.name, self.grid, self.width, self.heads = source.name, source.grid, source.out, source.heads
         self.prefix, self.mean, self.std, self.eps = source.prefix.shape[0], source.mean, source.std, source.eps
         self.depth, self.activation = self.layers[-1], source.activation
         self._fingerprint = _digest(source, self.layers)
@@ -106,11 +108,13 @@ class FrozenTeacher(nn.Module):
             "patch_bias": _copy(source.patch_bias),
             "prefix": source.prefix.to(residual, copy=True),
             "positions": _copy(source.positions),
+            "relative": None if source.relative is None else source.relative.detach().to(compute, copy=True),
         }
         for name, affine in (("embed_norm", source.embed_norm), ("norm", source.norm)):
             for part in ("weight", "bias"):
                 self._tensors[f"{name}.{part}"] = None if affine is None else _copy(getattr(affine, part))
         self._blocks = [Layer(block, source.activation, compute) for block in source.blocks[: self.depth]]
+        self._head = None if source.head is None else _head(source.head, source.norm, compute)
         self._checked = False
         self.cuda_graph, self._replays = cuda_graph, Replays(required=bool(cuda_graph))
         self.train(False)
@@ -145,10 +149,12 @@ class FrozenTeacher(nn.Module):
         """Targets, one a layer.
 
         Args:
-            pixels: [B, T, H, W, C] uint8.
+            pixels: [B, T, H, W, C], uint8, or floating and normalised by this teacher's ``mean`` and ``std`` already
+                (:func:`cohobate.models.pixels.renormalise` takes them over from another model's).
             rows: [B, n] int32, the patches the teacher sees (``plan.teacher_rows``); None for all.
             queries: [B, q] int32 in [0, P + n), the rows that the loss reads; None for all.
-            norm: apply the final norm (off in dBOT: the target is the residual stream itself).
+            norm: apply the final norm (off in dBOT: the target is the residual stream itself). A teacher with a head
+                always applies norm and head.
 
         Returns:
             [B, q or P + n, D_T] each, in the residual dtype, without a graph.
@@ -166,6 +172,8 @@ class FrozenTeacher(nn.Module):
         if not self._checked and type(pixels) is Tensor and not torch.compiler.is_compiling():
             check_finite(found, self.layers, self.name)
             self._checked = True
+        if self._head is not None:
+            return [self._projected(self._head, x) for x in found]
         return [self._normed("norm", x) for x in found] if norm else found
 
     def _features(
@@ -185,6 +193,9 @@ class FrozenTeacher(nn.Module):
             precision=self.precision,
         )
         x = self._normed("embed_norm", x)
+        bias = self._tensors["relative"]
+        if bias is not None and rows is not None:
+            bias = bias_of_patches(bias, rows, self.prefix)
         found = [x] if layers[0] == 0 else []
         branch: Tensor | None = None
         for number, block in enumerate(self._blocks, start=1):
@@ -194,10 +205,11 @@ class FrozenTeacher(nn.Module):
                 found.append(x)
             if last and queries is not None:
                 q, kv = block.split()
-                heads = attend(kv(normed), self.heads, q(tokens.take(normed, queries)))
+                bias = None if bias is None else bias_of_queries(bias, queries)
+                heads = attend(kv(normed), self.heads, q(tokens.take(normed, queries)), bias=bias)
                 x = tokens.take(x, queries)
             else:
-                heads = attend(block.qkv(normed), self.heads)
+                heads = attend(block.qkv(normed), self.heads, bias=bias)
             x, normed = self._add_norm(x, block.proj(heads), block.fc1_scale)
             branch = block.fc2(block.fc1(normed))
         if branch is not None:
@@ -216,10 +228,19 @@ class FrozenTeacher(nn.Module):
         weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
         return x if weight is None else add_norm(x, weight=weight, bias=bias, eps=self.eps)[1]
 
+    def _projected(self, head: Product, x: Tensor) -> Tensor:
+        """Final norm, whose affine part is in the head's weights already, and head."""
+        has_norm = self._tensors["norm.weight"] is not None
+        normed = add_norm(x, eps=self.eps, dtype=self.precision.compute)[1] if has_norm else x
+        return head(normed.to(self.precision.compute)).to(self.precision.residual)
+
     def flops(self, queries: int | None = None, patches: int | None = None) -> int:
         """Multiply-adds x 2 of one sample: ``patches`` visible (None: all), the last block for ``queries`` rows."""
         patches = self.grid.size if patches is None else patches
-        n, width, total = patches + self.prefix, self.width, 2 * patches * self.grid.row_length * self.width
+        width = self._tensors["patch"].shape[0]
+        n, total = patches + self.prefix, 2 * patches * self.grid.row_length * width
+        if self._head is not None:
+            total += 2 * len(self.layers) * (n if queries is None else queries) * self._head.weight.numel()
         for number, block in enumerate(self._blocks, start=1):
             rows = n if queries is None or number < self.depth else queries
             mlp = block.fc1.weight.numel() + block.fc2.weight.numel()
@@ -231,6 +252,8 @@ class FrozenTeacher(nn.Module):
         self._tensors = {name: None if x is None else moved(x, fn) for name, x in self._tensors.items()}
         for block in self._blocks:
             block.move(fn)
+        if self._head is not None:
+            self._head.move(fn)
         self._replays.clear()
         super()._apply(fn, recurse)
         return self
@@ -267,13 +290,17 @@ def from_student(
         return FrozenTeacher(student, (depth,), precision=precision)
     model = student.like(depth=depth)
     model.reset(generator)
-    return FrozenTeacher(model.to(student.pos_embed.device), precision=precision)
+    return FrozenTeacher(model.to(student.device), precision=precision)
 
 
 def _after_norm(norm: Affine, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y g + b) W^T + c = y (W diag(g))^T + (W b + c)."""
     shift = weight @ norm.bias
     return weight * norm.weight, shift if bias is None else shift + bias
+
+
+def _head(head: Tensor, norm: Affine | None, dtype: torch.dtype) -> Product:
+    return Product(head, None, dtype) if norm is None else Product(*_after_norm(norm, head, None), dtype)
 
 
 def _before_scale(scale: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -306,4 +333,5 @@ def _digest(source: Anatomy, layers: Sequence[int]) -> str:
 
     add([source.patch, source.patch_bias, source.prefix, source.positions, source.embed_norm, source.norm])
     add(source.blocks[: layers[-1]])
+    add([source.relative, source.head])
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.models import Precision
+from cohobate.models.pixels import check_pixels
 from cohobate.teacher.frozen import FrozenTeacher
 from cohobate.teacher.original import OriginalTeacher
 from cohobate.teacher.sources import Source, fit, load_source, resize_pixels
@@ -28,7 +29,7 @@ class ResizedTeacher(nn.Module):
         grid: of the pixels that come in: the student's.
 
     Attributes:
-        grid: as given. name, width, prefix, layers, depth: of the teacher.
+        grid: as given. name, width, prefix, layers, depth, mean, std: of the teacher.
 
     Raises:
         UserError: a teacher with other tokens.
@@ -41,6 +42,7 @@ class ResizedTeacher(nn.Module):
         self.teacher, self.grid = teacher, grid
         self.name, self.width, self.prefix = teacher.name, teacher.width, teacher.prefix
         self.layers, self.depth = teacher.layers, teacher.depth
+        self.mean, self.std = teacher.mean, teacher.std
 
     @torch.no_grad()
     def forward(
@@ -51,11 +53,9 @@ class ResizedTeacher(nn.Module):
         Raises:
             UserError: pixels of another shape, and what the teacher raises.
         """
-        if pixels.dim() != 5 or tuple(pixels.shape[1:]) != self.grid.pixel_shape or pixels.dtype != torch.uint8:
-            expected = ", ".join(map(str, self.grid.pixel_shape))
-            raise UserError(f"pixels: expected uint8 [B, {expected}], got {pixels.dtype} {list(pixels.shape)}")
+        check_pixels(pixels, self.grid)
         size = (self.teacher.grid.height, self.teacher.grid.width)
-        found: list[Tensor] = self.teacher(resize_pixels(pixels, size), rows, queries=queries, norm=norm)
+        found: list[Tensor] = self.teacher(resize_pixels(pixels, size, self), rows, queries=queries, norm=norm)
         return found
 
     def flops(self, queries: int | None = None, patches: int | None = None) -> int:
@@ -82,11 +82,11 @@ def load_teacher(
     resize: str | None = None,
     precision: Precision | None = None,
 ) -> Teacher:
-    """A frozen teacher, ready to be called with uint8 pixels.
+    """A frozen teacher, ready to be called with uint8 pixels (or floating ones, normalised by its mean and std).
 
     Args:
         spec: what :func:`cohobate.teacher.sources.load_source` takes ("timm:NAME", "hf:FOLDER", "random:vit_small",
-            an export's folder, a module), or a source.
+            "hf:FOLDER?projection=true" for CLIP's projected tokens, an export's folder, a module), or a source.
         student_grid: how the student cuts its pixels; the teacher's tokens are then the student's. None: the teacher's
             own grid.
         layers: which blocks' outputs are targets, 1-based and ascending; 0 is the embedding. Default: the last block.
@@ -96,7 +96,7 @@ def load_teacher(
     Returns:
         A :class:`FrozenTeacher` where the source could be rebuilt; else an :class:`OriginalTeacher`, and the log says
         why. Either one inside a :class:`ResizedTeacher` where its pixels are resized. All of them have ``grid``,
-        ``prefix``, ``width``, ``layers``, ``flops`` and ``fingerprint``, and no parameters.
+        ``prefix``, ``width``, ``layers``, ``mean``, ``std``, ``flops`` and ``fingerprint``, and no parameters.
 
     Raises:
         UserError: a source that cannot be read, grids that do not match, or layers out of range.

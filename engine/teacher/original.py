@@ -64,7 +64,7 @@ class OriginalTeacher(nn.Module):
         """Targets, one a layer.
 
         Args:
-            pixels: [B, T, H, W, C] uint8.
+            pixels: [B, T, H, W, C], uint8, or floating and normalised by ``mean`` and ``std`` already.
             rows: None alone: the module sees every patch.
             queries: [B, q] int32 in [0, P + N), the rows that are returned; None for all.
             norm: False alone: which norm is the final one is not known.

@@ -33,16 +33,20 @@ log = logging.getLogger("cohobate.kernels")
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention: ``run(qkv, heads, queries)``, and the reasons why it cannot serve a call."""
+    """One way to compute attention: ``run(qkv, heads, queries)``, and the reasons why it cannot serve a call.
+
+    ``takes_bias``: ``run`` takes a bias of the scores as well, behind the queries, and gives its gradient.
+    """
 
     run: Run
     reasons: Callable[[Call], list[str]]
+    takes_bias: bool = False
 
 
 BACKENDS: dict[str, Backend] = {
     "short": Backend(short.run, short.why_not),
-    "explicit": Backend(dense.explicit, dense.anywhere),
-    "sdpa": Backend(dense.sdpa, dense.anywhere),
+    "explicit": Backend(dense.explicit, dense.anywhere, takes_bias=True),
+    "sdpa": Backend(dense.sdpa, dense.anywhere, takes_bias=True),
     "sdpa-flash": Backend(*dense.restricted("sdpa-flash", SDPBackend.FLASH_ATTENTION)),
     "sdpa-cudnn": Backend(*dense.restricted("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION)),
     "sdpa-efficient": Backend(*dense.restricted("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION)),
@@ -85,18 +89,35 @@ def rules() -> tuple[Rule, ...]:
     return tuple(Rule(**row) for row in json.loads(path.read_text()))
 
 
-def why_not(name: str, device: str, dtype: torch.dtype, keys: int, head_dim: int, grad: bool) -> list[str]:
+def why_not(
+    name: str, device: str, dtype: torch.dtype, keys: int, head_dim: int, grad: bool, *, bias: bool = False
+) -> list[str]:
     """Reasons why backend ``name`` cannot serve such a call; empty when it can. The first question may take a while."""
-    return BACKENDS[name].reasons(Call(device, dtype, keys, head_dim, grad))
+    return _reasons(name, Call(device, dtype, keys, head_dim, grad, bias))
 
 
-def choose(device: str, dtype: torch.dtype, keys: int, head_dim: int, grad: bool, backend: str | None = None) -> str:
+def _reasons(name: str, call: Call) -> list[str]:
+    if call.bias and not BACKENDS[name].takes_bias:
+        return ["it takes no additive bias of the scores"]
+    return BACKENDS[name].reasons(call)
+
+
+def choose(
+    device: str,
+    dtype: torch.dtype,
+    keys: int,
+    head_dim: int,
+    grad: bool,
+    backend: str | None = None,
+    *,
+    bias: bool = False,
+) -> str:
     """Name of the backend that serves such a call.
 
     Raises:
         ValueError: ``backend`` is not a known name, or the one asked for by name cannot run (every reason is listed).
     """
-    return _resolve(device, dtype, keys, head_dim, grad, backend if backend is not None else asked())
+    return _resolve(device, dtype, keys, head_dim, grad, bias, backend if backend is not None else asked())
 
 
 def asked() -> str | None:
@@ -104,12 +125,14 @@ def asked() -> str | None:
     return _overrides[-1] if _overrides else None
 
 
-def _resolve(device: str, dtype: torch.dtype, keys: int, head_dim: int, grad: bool, backend: str | None) -> str:
-    question = (device, dtype, keys, head_dim, grad, backend, _environment)
+def _resolve(
+    device: str, dtype: torch.dtype, keys: int, head_dim: int, grad: bool, bias: bool, backend: str | None
+) -> str:
+    question = (device, dtype, keys, head_dim, grad, bias, backend, _environment)
     answer = _answers.get(question)
     if answer is None:
         source, wanted = ("backend", backend) if backend is not None else ("COHOBATE_ATTENTION", _environment)
-        answer = _answers[question] = _decide(Call(device, dtype, keys, head_dim, grad), source, wanted)
+        answer = _answers[question] = _decide(Call(device, dtype, keys, head_dim, grad, bias), source, wanted)
     return answer
 
 
@@ -120,7 +143,7 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _decide(call: Call, source: str, wanted: str) -> str:
     _check_name(source, wanted)
     if wanted != "auto":
-        reasons = BACKENDS[wanted].reasons(call)
+        reasons = _reasons(wanted, call)
         if reasons:
             raise ValueError(f"{source}: {wanted!r} cannot run attention ({call}): {'; '.join(reasons)}")
         return wanted
@@ -138,7 +161,7 @@ def by_table(call: Call, anywhere: bool = False) -> tuple[Rule, dict[str, list[s
     for rule in rules():
         if rule.backend in refused or not rule.fits(call):
             continue
-        reasons = [] if anywhere else BACKENDS[rule.backend].reasons(call)
+        reasons = [] if anywhere else _reasons(rule.backend, call)
         if not reasons:
             return rule, refused
         refused[rule.backend] = reasons
@@ -173,7 +196,14 @@ def _check_name(source: str, backend: str) -> None:
         raise ValueError(f"{source}: expected one of auto, {', '.join(BACKENDS)}; got {backend!r}")
 
 
-def attend(qkv: Tensor, heads: int, queries: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def attend(
+    qkv: Tensor,
+    heads: int,
+    queries: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Multi-head softmax attention, scores scaled by ``1 / sqrt(d)``; Vaswani et al., NeurIPS 2017, equation 1.
 
     Args:
@@ -181,24 +211,29 @@ def attend(qkv: Tensor, heads: int, queries: Tensor | None = None, *, backend: s
             With ``queries`` it is kv, [B, N, 2 * D].
         heads: number of heads.
         queries: [B, n, D] in the same dtype and on the same device; None when every row asks.
+        bias: added to the scaled scores, [H, N or n, N] or [B, H, N or n, N], any floating point; None for none. The
+            backends "explicit" and "sdpa" alone take one.
         backend: auto (None) or one of :data:`BACKENDS`.
 
     Returns:
-        [B, N, D], or [B, n, D], in the dtype of ``qkv``. Differentiable in both inputs.
+        [B, N, D], or [B, n, D], in the dtype of ``qkv``. Differentiable in all inputs.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or backend that does not fit; the message names the argument.
     """
-    _check(qkv, heads, queries)
+    _check(qkv, heads, queries, bias)
     parts = 3 if queries is None else 2
-    grad = torch.is_grad_enabled() and (qkv.requires_grad or (queries is not None and queries.requires_grad))
+    wanted = qkv.requires_grad or (queries is not None and queries.requires_grad)
+    grad = torch.is_grad_enabled() and (wanted or (bias is not None and bias.requires_grad))
     # index(): a trace with symbolic sizes settles on these, since the choice depends on them.
     keys, head_dim = operator.index(qkv.shape[1]), operator.index(qkv.shape[2] // (parts * heads))
-    name = choose(qkv.device.type, qkv.dtype, keys, head_dim, grad, backend)
-    return BACKENDS[name].run(qkv, heads, queries)
+    name = choose(qkv.device.type, qkv.dtype, keys, head_dim, grad, backend, bias=bias is not None)
+    if bias is None:
+        return BACKENDS[name].run(qkv, heads, queries)
+    return BACKENDS[name].run(qkv, heads, queries, bias.to(qkv.dtype))
 
 
-def _check(qkv: Tensor, heads: int, queries: Tensor | None) -> None:
+def _check(qkv: Tensor, heads: int, queries: Tensor | None, bias: Tensor | None) -> None:
     check_tensor("qkv", qkv, shape=(None, None, None))
     if not qkv.dtype.is_floating_point:
         raise TypeError(f"qkv: expected a floating-point type, got {short_name(qkv.dtype)}")
@@ -207,6 +242,11 @@ def _check(qkv: Tensor, heads: int, queries: Tensor | None) -> None:
         raise ValueError(f"qkv: expected rows of {parts} * {heads} heads * head dim values, got {qkv.shape[2]}")
     if queries is not None:
         check_tensor("queries", queries, dtypes=(qkv.dtype,), shape=(qkv.shape[0], None, qkv.shape[2] // 2), like=qkv)
+    if bias is not None:
+        shape = (heads, (qkv if queries is None else queries).shape[1], qkv.shape[1])
+        check_tensor("bias", bias, shape=shape if bias.dim() == 3 else (qkv.shape[0], *shape), like=qkv)
+        if not bias.dtype.is_floating_point:
+            raise TypeError(f"bias: expected a floating-point type, got {short_name(bias.dtype)}")
 
 
 _overrides: list[str] = []

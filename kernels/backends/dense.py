@@ -1,9 +1,10 @@
 """Attention by torch alone: explicit products, and scaled_dot_product_attention with torch's choice or ours.
 
-    out[b, i, h] = sum_j softmax_j(q[b, i, h] . k[b, j, h] / sqrt(d)) v[b, j, h]
+    out[b, i, h] = sum_j softmax_j(q[b, i, h] . k[b, j, h] / sqrt(d) + bias[b, h, i, j]) v[b, j, h]
 
 Every ``run(qkv, heads, queries)`` of this package takes the same things: packed ``qkv`` [B, N, 3 * D] and no queries,
 or packed ``kv`` [B, N, 2 * D] and ``queries`` [B, n, D]; it returns [B, N or n, D]. D = heads * d, heads contiguous.
+The two plain ones here also take a ``bias`` [H, N or n, N] or [B, H, N or n, N] in qkv's dtype, with its gradient.
 """
 
 from __future__ import annotations
@@ -31,20 +32,26 @@ def split(qkv: Tensor, heads: int, queries: Tensor | None) -> tuple[Tensor, Tens
     return queries.unflatten(2, (heads, -1)), k, v
 
 
-def explicit(qkv: Tensor, heads: int, queries: Tensor | None) -> Tensor:
+def explicit(qkv: Tensor, heads: int, queries: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """Two matrix products and a softmax. Scores are scaled in the product's accumulator, before they are rounded."""
     parts = split(qkv, heads, queries)
     batch, count, _, dim = parts[0].shape
     q, k, v = (x.transpose(1, 2).reshape(batch * heads, x.shape[1], dim) for x in parts)
-    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
+    if bias is None:
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
+    else:
+        start = bias.expand(batch, heads, count, -1).reshape(batch * heads, count, -1)
+        scores = torch.baddbmm(start, q, k.transpose(1, 2), alpha=dim**-0.5)
     out = torch.bmm(scores.softmax(dim=-1), v)
     return out.view(batch, heads, count, dim).transpose(1, 2).flatten(2)
 
 
-def sdpa(qkv: Tensor, heads: int, queries: Tensor | None) -> Tensor:
+def sdpa(qkv: Tensor, heads: int, queries: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """torch's scaled_dot_product_attention, by the kernel that torch chooses."""
     q, k, v = (x.transpose(1, 2) for x in split(qkv, heads, queries))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if bias is not None and bias.dim() == 3:
+        bias = bias.unsqueeze(0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 def anywhere(call: Call) -> list[str]:

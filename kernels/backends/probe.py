@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-Run = Callable[[Tensor, int, "Tensor | None"], Tensor]
+Run = Callable[..., Tensor]  # (qkv, heads, queries), and a bias behind them where the backend takes one
 
 
 class Call(NamedTuple):
@@ -31,10 +31,12 @@ class Call(NamedTuple):
     keys: int
     head_dim: int
     grad: bool
+    bias: bool = False
 
     def __str__(self) -> str:
-        grad = "with" if self.grad else "without"
-        return f"{short(self.dtype)}, {self.keys} keys, head dim {self.head_dim}, on {self.device}, {grad} gradient"
+        grad, bias = "with" if self.grad else "without", ", with a bias" if self.bias else ""
+        size = f"{short(self.dtype)}, {self.keys} keys, head dim {self.head_dim}"
+        return f"{size}, on {self.device}, {grad} gradient{bias}"
 
 
 def load(module: str, *names: str) -> tuple[Any, list[str]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cohobate import TokenGrid, kernels, models
 from cohobate.errors import UserError
 from cohobate.models import Precision, VisionTransformer
+from cohobate.models.pixels import normalise
 from cohobate.teacher import FrozenTeacher, from_student
 from cohobate.teacher.anatomy import Affine, Anatomy, BlockWeights
 
@@ -121,6 +122,109 @@ def test_an_encoder_is_a_source_too() -> None:
     assert relative(FrozenTeacher(model)(pixels, norm=True)[0], model(pixels)) < EXACT
 
 
+def with_clip_parts(head: bool = True, relative: bool = True) -> Anatomy:
+    """A projection behind the final norm, and a relative position bias in every block."""
+    generator, anatomy = torch.Generator().manual_seed(3), anatomy_of()
+    length = len(anatomy.prefix) + GRID.size
+    return dataclasses.replace(
+        anatomy,
+        head=torch.randn(20, WIDTH, generator=generator) / 7 if head else None,
+        relative=torch.randn(HEADS, length, length, generator=generator) if relative else None,
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_head_projects_the_normed_tokens(norm: bool) -> None:
+    """By hand from the features without a head; norm and head are always applied, whatever ``norm`` says."""
+    anatomy, pixels = with_clip_parts(relative=False), pixels_of()
+    assert anatomy.head is not None and (anatomy.width, anatomy.out) == (WIDTH, 20)
+    plain = anatomy_of().forward(pixels, (1, 3), norm=True)
+    expected = [x @ anatomy.head.T for x in plain]
+    queries = torch.tensor([[0, 3], [2, 13]], dtype=torch.int32)
+    for given in (pixels, normalise(pixels, anatomy)):
+        teacher = FrozenTeacher(anatomy, (1, 3), precision=FP32)
+        assert teacher.width == 20
+        for got, reference, want in zip(
+            teacher(given, norm=norm), anatomy.forward(given, (1, 3), norm=norm), expected, strict=True
+        ):
+            assert relative(got, want) < EXACT and relative(reference, want) < EXACT
+        some = teacher(given, queries=queries, norm=norm)
+        assert all(relative(a, kernels.tokens.take(b, queries)) < EXACT for a, b in zip(some, expected, strict=True))
+    bare_head = dataclasses.replace(bare(anatomy_of()), head=anatomy.head)
+    expected = [bare(anatomy_of()).forward(pixels, (3,))[0] @ anatomy.head.T]
+    assert relative(FrozenTeacher(bare_head, precision=FP32)(pixels)[0], expected[0]) < EXACT  # no norm to apply
+
+
+def test_what_a_head_changes_besides() -> None:
+    anatomy = with_clip_parts(relative=False)
+    teacher, plain = FrozenTeacher(anatomy), FrozenTeacher(anatomy_of())
+    assert teacher.flops(queries=5) - plain.flops(queries=5) == 2 * 5 * 20 * WIDTH
+    assert teacher.fingerprint() != plain.fingerprint()
+    assert teacher(pixels_of())[0].dtype == torch.float32 and teacher.to("meta")._head is not None
+    assert teacher._head is not None and teacher._head.weight.is_meta
+    with pytest.raises(UserError, match=r"head: expected shape \[20, 48\], got \[20, 7\]"):
+        dataclasses.replace(anatomy, head=torch.zeros(20, 7))
+
+
+@pytest.mark.parametrize("layers", [(3,), (1, 3), (0, 2)])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_relative_position_bias(layers: tuple[int, ...], seen: bool) -> None:
+    anatomy, pixels = with_clip_parts(head=False), pixels_of()
+    rows = torch.tensor([[2, 5, 7, 11], [0, 1, 2, 3]], dtype=torch.int32) if seen else None
+    queries = torch.tensor([[0, 4], [1, 5]], dtype=torch.int32)
+    teacher = FrozenTeacher(anatomy, layers, precision=FP32)
+    whole = teacher(pixels, rows)
+    assert all(relative(a, b) < EXACT for a, b in zip(whole, anatomy.forward(pixels, layers, rows), strict=True))
+    for got, full in zip(teacher(pixels, rows, queries=queries), whole, strict=True):
+        assert relative(got, kernels.tokens.take(full, queries)) < 1e-6
+    assert teacher.fingerprint() != FrozenTeacher(anatomy_of(), layers).fingerprint()
+    with pytest.raises(UserError, match="relative: expected shape"):
+        dataclasses.replace(anatomy, prefix=anatomy.prefix[:1])
+    with pytest.raises(UserError, match=r"grid: expected \(1, 4, 3\) tokens for relative positions, got \(1, 4, 4\)"):
+        anatomy.resized(TokenGrid.image(32, 8))
+
+
+@pytest.mark.parametrize("positions", ["sincos", "none"])
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_an_encoder_with_layer_scale_and_relative_positions(positions: str, cls_token: bool) -> None:
+    """A symmetric student as the next stage's teacher."""
+    torch.manual_seed(0)
+    model = models.build(
+        "tiny", image_size=(32, 24), patch=8, width=WIDTH, depth=DEPTH, heads=HEADS, precision=FP32,
+        positions=positions, layer_scale=0.5, relative_positions=True, cls_token=cls_token,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.05)
+    pixels, rows = pixels_of(), torch.tensor([[2, 5, 7, 11], [0, 1, 2, 3]], dtype=torch.int32)
+    for given in (pixels, normalise(pixels, model)):
+        for chosen in (None, rows):
+            expected = model.intermediates(given, (1, 3), chosen)
+            got = FrozenTeacher(model, (1, 3))(given, chosen)
+            assert all(relative(a, b) < EXACT for a, b in zip(got, expected, strict=True))
+    copied = from_student(model)(pixels)[0]
+    assert relative(copied, model.intermediates(pixels, (3,))[0]) < EXACT
+    drawn = from_student(model, init="independent", generator=torch.Generator().manual_seed(1))
+    assert drawn(pixels)[0].shape == copied.shape
+
+
+@pytest.mark.parametrize("precision", [FP32, Precision()])
+def test_float_pixels_are_normalised_already(precision: Precision) -> None:
+    """bf16: floats are rounded to it before the first product and bytes are not, or behind other factors."""
+    anatomy, pixels = anatomy_of(), pixels_of()
+    teacher, limit = FrozenTeacher(anatomy, (0, 3), precision=precision), 1e-5 if precision == FP32 else 1e-2
+    rows = torch.tensor([[2, 5, 7, 11], [0, 1, 2, 3]], dtype=torch.int32)
+    for chosen in (None, rows):
+        for got, want in zip(teacher(normalise(pixels, teacher), chosen), teacher(pixels, chosen), strict=True):
+            assert relative(got, want) < limit and got.dtype == want.dtype
+        for got, want in zip(
+            anatomy.forward(normalise(pixels, anatomy), (0, 3), chosen),
+            anatomy.forward(pixels, (0, 3), chosen),
+            strict=True,
+        ):
+            assert relative(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("layers", [(3,), (1, 3), (0, 2), (0,)])
 def test_rows_and_queries(layers: tuple[int, ...]) -> None:
     """Seeing some patches only and reading some rows only gives the rows of the whole computation.
@@ -215,7 +319,7 @@ def test_refuses() -> None:
         FrozenTeacher(model, (4,))
     with pytest.raises(UserError, match="layers: expected ascending numbers"):
         FrozenTeacher(model, (2, 1))
-    with pytest.raises(UserError, match=r"pixels: expected uint8 \[B, 1, 32, 24, 3\]"):
+    with pytest.raises(UserError, match=r"pixels: expected uint8 or floating \[B, 1, 32, 24, 3\]"):
         FrozenTeacher(model)(pixels_of()[:, :, :16])
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cohobate import TokenGrid, models, random_plan
 from cohobate.errors import UserError
-from cohobate.methods import DBOT, DBOTOptions
-from cohobate.models import Decoder, Precision
+from cohobate.methods import DBOT, DBOTOptions, SymmetricDBOT
+from cohobate.models import Decoder, MaskTokenHead, Precision
+from cohobate.models.pixels import normalise
 from cohobate.teacher import FrozenTeacher, OriginalTeacher, ResizedTeacher, load_source, load_teacher
 from cohobate.teacher import loading as loading_of_teachers
 from cohobate.teacher.sources import resize_pixels
@@ -78,12 +79,34 @@ def test_pixels_are_resized_where_it_is_asked_for() -> None:
     assert torch.equal(teacher(pixels, queries=queries)[0], wanted)
     assert (teacher.flops(2), teacher.fingerprint()) == (plain.flops(2), plain.fingerprint())
     assert not teacher.train().training and not teacher.state_dict()
-    with pytest.raises(UserError, match=r"pixels: expected uint8 \[B, 1, 16, 16, 3\]"):
+    with pytest.raises(UserError, match=r"pixels: expected uint8 or floating \[B, 1, 16, 16, 3\]"):
         teacher(pixels_of(plain.grid))
     with pytest.raises(UserError, match="resize: expected None without a student_grid, got 'pixels'"):
         load_teacher(TINY, resize="pixels")
     with pytest.raises(UserError, match=r"teacher: expected .* tokens, the student's"):
         ResizedTeacher(plain, TokenGrid.image(32, 8))
+
+
+def test_float_pixels_are_resized_as_floats() -> None:
+    """To a size of their own without rounding to bytes: at most half of 1/255 from there, in units of the std."""
+    student = TokenGrid.image(16, 8)
+    teacher = load_teacher(f"{TINY}&patch=16", student, resize="pixels", precision=FP32)
+    assert isinstance(teacher, ResizedTeacher)
+    pixels = pixels_of(student)
+    floats = resize_pixels(normalise(pixels, teacher), (32, 32), teacher)
+    rounded = normalise(resize_pixels(pixels, (32, 32)), teacher)
+    assert float((floats - rounded).abs().max()) <= 0.5 / 255 / min(teacher.std) + 1e-5
+    assert torch.equal(teacher(normalise(pixels, teacher))[0], teacher.teacher(floats)[0])
+    same = normalise(pixels, teacher)
+    assert resize_pixels(same, (16, 16), teacher) is same
+    with pytest.raises(UserError, match=r"pixels: expected uint8 or floating \[B, 1, 16, 16, 3\]"):
+        teacher(pixels.int())
+
+
+def test_an_original_takes_float_pixels() -> None:
+    teacher = load_teacher(opaque())
+    pixels = pixels_of(GRID)
+    torch.testing.assert_close(teacher(normalise(pixels, teacher)), teacher(pixels), rtol=1e-6, atol=1e-6)
 
 
 def test_positions_are_resized_where_it_is_asked_for() -> None:
@@ -177,6 +200,37 @@ def test_a_student_learns_from_a_module_as_it_is(resize: bool) -> None:
     step.total.backward()
     assert bool(step.total.isfinite()) and method.flops(plan) > 3 * student.flops(3)
     assert {name.split(".")[0] for name, _ in method.named_parameters()} == {"student", "decoder"}
+
+
+def test_clips_projected_tokens_on_a_student_of_another_patch(tmp_path: Path) -> None:
+    """CLIP of patch 14, made for 4 x 4 tokens, on a student of patch 16 with 3 x 3: it sees 42 px, as L/14 sees 196."""
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    model = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(intermediate_size=96, projection_dim=20, **shape)
+    )
+    model.save_pretrained(tmp_path)
+    student = TokenGrid.image(48, 16)
+    teacher = load_teacher(f"hf:{tmp_path}?projection=true", student, resize="pixels", precision=FP32)
+    assert isinstance(teacher, ResizedTeacher) and isinstance(teacher.teacher, FrozenTeacher)
+    assert (teacher.width, teacher.prefix, teacher.layers) == (20, 1, (2,))
+    assert teacher.teacher.grid == TokenGrid.image(42, 14)
+    source = load_source(f"hf:{tmp_path}?projection=true")
+    assert source.anatomy is not None and source.width == 20
+    pixels = pixels_of(student)
+    (wanted,) = source.anatomy.resized(teacher.teacher.grid).forward(resize_pixels(pixels, (42, 42)), [2])
+    torch.testing.assert_close(teacher(pixels)[0], wanted, rtol=1e-5, atol=1e-5)
+    assert wanted.shape == (2, 10, 20)
+
+    encoder = models.build("tiny", image_size=48, patch=16, width=24, depth=1, heads=2, precision=FP32)
+    method = SymmetricDBOT(encoder, MaskTokenHead(encoder, teacher.width), teacher)
+    plan = random_plan(student, torch.arange(2), seed=0, stage=0, epoch=0, ratio=0.4)
+
+    class Batch:
+        pixels = pixels_of(student)
+
+    assert 0 < float(method.loss(Batch(), plan).total.detach()) < 2
 
 
 def test_a_hugging_face_folder(tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 Rebuilt: ViT, DeiT, DINOv2 with and without registers, the vision towers of CLIP and SigLIP, ViTMAE (nothing masked and
 nothing shuffled), VideoMAE. DINOv3 runs as it is: its positions are rotations inside the attention. Any other model
-with a list of layers runs as it is too, if it cannot be read the same way.
+with a list of layers runs as it is too, if it cannot be read the same way. CLIP may come with its projection: its
+features are then those of every token behind the final norm and the projection, as dBOT's CLIP teachers give them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,17 @@ from cohobate.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from cohobate.teacher.anatomy import Anatomy, BlockWeights
 from cohobate.teacher.sources.own import check_keys
 from cohobate.teacher.sources.parts import Norms, activation, first, is_silu, linear, patch_rows, stacked
-from cohobate.teacher.sources.source import NotPlainError, Original, Source, assemble, hooked, measure
+from cohobate.teacher.sources.source import (
+    TOLERANCE,
+    NotPlainError,
+    Original,
+    Source,
+    assemble,
+    evaluating,
+    hooked,
+    in_fp32,
+    measure,
+)
 from cohobate.tokens import TokenGrid
 
 
@@ -50,6 +62,7 @@ FAMILIES: dict[str, Statistics] = {
     "videomae": IMAGENET,
 }
 TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}  # of two-tower configs, the one that sees
+PROJECTED = dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection")
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 # Parts that features do not pass through: a checkpoint may lack them or have more of them.
 ASIDE = (
@@ -60,10 +73,13 @@ ASIDE = (
 LAYERS = ("layers", "layer", "encoder.layers", "encoder.layer", "model.layer", "model.layers")
 
 
-def load(transformers: Any, where: str, *, mean: Any = None, std: Any = None, **options: Any) -> Source:
+def load(
+    transformers: Any, where: str, *, mean: Any = None, std: Any = None, projection: bool = False, **options: Any
+) -> Source:
     """A local folder or a hub id as a source, in fp32; ``options`` go to ``from_pretrained``.
 
     Statistics of the pixels are those of the preprocessor's configuration beside the weights, or else the family's.
+    ``projection``: see :func:`from_model`.
 
     Raises:
         UserError: nothing usable there, or weights whose keys do not fit the model; the message lists them.
@@ -72,21 +88,27 @@ def load(transformers: Any, where: str, *, mean: Any = None, std: Any = None, **
         options = {"local_files_only": True} | options
     try:
         config = transformers.AutoConfig.from_pretrained(where, **options)
-        kind = getattr(transformers, TOWERS.get(config.model_type, "AutoModel"))
+        if projection and config.model_type not in PROJECTED:
+            raise UserError(f"projection: expected a CLIP model with a projection, got {config.model_type}")
+        kind = getattr(transformers, (PROJECTED if projection else TOWERS).get(config.model_type, "AutoModel"))
         model, found = kind.from_pretrained(where, output_loading_info=True, **options)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, RuntimeError and the hub client's own
         lines = str(error).strip().splitlines()
         detail = f"{type(error).__name__}: {lines[0] if lines else ''}"
         raise UserError(f"source: transformers cannot load {where!r}: {detail}") from error
     shapes = [str(item[0] if isinstance(item, tuple) else item) for item in found.get("mismatched_keys", ())]
-    check_keys(where, _needed(found["missing_keys"]), _needed(found["unexpected_keys"]), shapes)
+    aside = set(ASIDE) - ({"visual_projection"} if projection else set())
+    check_keys(where, _needed(found["missing_keys"], aside), _needed(found["unexpected_keys"], aside), shapes)
     notes = []
     if mean is None or std is None:
         settings = _preprocessor(where, options)
         if settings is not None:
             mean, std = _statistics(*settings)
             notes.append(f"pixels are normalised as {settings[0]} says: mean {mean}, std {std}")
-    return from_model(model.float(), f"hf {where}", mean=mean, std=std, notes=notes, own_weights=False)
+    name = f"hf {where}"
+    return from_model(model.float(), name, mean=mean, std=std, projection=projection, notes=notes, own_weights=False)
 
 
 def from_model(
@@ -95,14 +117,22 @@ def from_model(
     *,
     mean: Any = None,
     std: Any = None,
+    projection: bool = False,
     notes: Sequence[str] = (),
     own_weights: bool = True,
 ) -> Source:
     """A transformers model as a source; of a model with a head or of two towers, the vision encoder inside.
 
+    ``projection``: keep the projection of a CLIP model. It becomes the anatomy's head: features are every token behind
+    the final norm and the projection, of which CLIP itself uses the class token's alone.
+
     Raises:
-        UserError: a model without patches and a list of layers, or of an unknown family and no ``mean`` and ``std``.
+        UserError: a model without patches and a list of layers, or of an unknown family and no ``mean`` and ``std``; or
+            ``projection`` of a model that has none or cannot be rebuilt.
     """
+    projector = first(model, "visual_projection")
+    if projection and projector is None:
+        raise UserError(f"projection: expected a CLIP model with a projection, got {type(model).__name__}")
     model = _tower(model)
     config = model.config
     name = name or f"hf {type(model).__name__}"
@@ -130,7 +160,33 @@ def from_model(
         any_size=config.model_type in ("dinov2_with_registers", "dinov3_vit"),
     )  # fmt: skip
     original = measure(original)
-    return assemble(name, original, lambda exact: read(name, exact, blocks), notes, own_weights=own_weights)
+    source = assemble(name, original, lambda exact: read(name, exact, blocks), notes, own_weights=own_weights)
+    return _projected(source, projector) if projection else source
+
+
+@torch.no_grad()
+def _projected(source: Source, projector: Any) -> Source:
+    """The source with CLIP's projection as its head, checked on the class token against the model's own output."""
+    if source.anatomy is None or source.original is None:
+        raise UserError(f"projection: {source.name} could not be rebuilt: {'; '.join(source.reasons)}")
+    try:
+        weight, bias = linear(projector, "the projection")
+    except NotPlainError as reason:
+        raise UserError(f"projection: {reason}") from reason
+    if bias is not None:
+        raise UserError("projection: expected one without a bias")
+    tower = in_fp32(source.original)
+    head = weight.to(tower.device, torch.float32, copy=True)
+    anatomy = replace(source.anatomy, head=head)
+    blank = torch.zeros(1, *source.grid.pixel_shape, dtype=torch.uint8, device=tower.device)
+    with evaluating(tower.module), torch.autocast(tower.device.type, enabled=False):
+        pooled: Any = tower.module(tower.images(blank))
+    wanted = head @ pooled.pooler_output[0]
+    found = anatomy.forward(blank, [anatomy.depth])[0][0, 0]
+    error = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    if not error <= TOLERANCE:
+        raise UserError(f"projection: the class token differs by {error:.1e} of the model's, more than {TOLERANCE:g}")
+    return replace(source, anatomy=anatomy)
 
 
 def _call(model: Any, images: Tensor) -> None:
@@ -269,9 +325,9 @@ def _tower(model: Any) -> Any:
     return model
 
 
-def _needed(keys: Sequence[str]) -> list[str]:
-    """Keys of layers that features pass through."""
-    return [key for key in keys if not set(key.split(".")) & set(ASIDE)]
+def _needed(keys: Sequence[str], aside: Collection[str]) -> list[str]:
+    """Keys of layers that features pass through, those named in ``aside`` being no such."""
+    return [key for key in keys if not set(key.split(".")) & set(aside)]
 
 
 def _preprocessor(where: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:

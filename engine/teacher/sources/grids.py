@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cohobate.errors import UserError
+from cohobate.models.pixels import Statistics, denormalise, normalise
 from cohobate.teacher.sources.source import Source
 from cohobate.tokens import TokenGrid
 
@@ -103,18 +104,24 @@ def fit(source: Source, student_grid: TokenGrid, resize: str | None = None) -> t
     return replace(source, anatomy=source.anatomy.resized(match.grid), original=original), match
 
 
-def resize_pixels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_pixels(pixels: Tensor, size: tuple[int, int], by: Statistics | None = None) -> Tensor:
     """Pixels [B, T, H, W, C] uint8 -> [B, T, *size, C] uint8: bicubic, antialiased, rounded and clamped to bytes.
 
     Computed in fp32, the same on every device. The result is bytes, as from any image decoder's resize, so that the
-    teacher's patch embedding reads it like any other input; rounding moves a value by at most 1/2 of 255.
+    teacher's patch embedding reads it like any other input; rounding moves a value by at most 1/2 of 255. Floating
+    pixels, normalised by the statistics ``by``, stay so: clamped to what was [0, 1], but not rounded.
     """
     if tuple(pixels.shape[2:4]) == tuple(size):
         return pixels
+    if pixels.is_floating_point() and by is not None:
+        return normalise(_resized(denormalise(pixels, by), size).clamp(0, 1), by)
+    return _resized(pixels.float(), size).round().clamp(0, 255).to(torch.uint8)
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     batch, frames, height, width, channels = pixels.shape
-    x = pixels.reshape(-1, height, width, channels).permute(0, 3, 1, 2).float()
+    x = pixels.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
     x = F.interpolate(x, size=size, mode="bicubic", antialias=True)
-    x = x.round().clamp(0, 255).to(torch.uint8)
     return x.permute(0, 2, 3, 1).reshape(batch, frames, *size, channels).contiguous()
 
 

@@ -26,13 +26,15 @@ def load_source(spec: str | Path | nn.Module, **options: Any) -> Source:
             - ``random:vit_small``: freshly drawn weights of a named size; options ``seed``, ``image_size``, ``patch``,
               ``depth`` and the others of :func:`cohobate.models.build`.
             - ``timm:NAME``: ``timm.create_model``; option ``pretrained`` (default true) and timm's own.
-            - ``hf:FOLDER_OR_ID``: a transformers model; options of ``from_pretrained``.
+            - ``hf:FOLDER_OR_ID``: a transformers model; options of ``from_pretrained``, and ``projection=true`` for
+              CLIP's tokens behind its final norm and projection.
             - a path: an export of this package, or a run folder with exports in it.
             - an instance: our encoder, a timm or transformers model, or any ``nn.Module`` that speaks
               :class:`TeacherModule`. It is not changed, and weights that are rebuilt from it are copies.
 
             Options may be written behind a ``?``: ``random:vit_small?seed=1&image_size=96``.
-        options: the same as keywords; for timm and transformers also ``mean`` and ``std``.
+        options: the same as keywords; for timm and transformers also ``mean`` and ``std``. A transformers instance
+            takes ``projection`` too.
 
     Returns:
         A source on the CPU (of an instance, where that is), its anatomy checked against the original.

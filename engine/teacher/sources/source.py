@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.models import Precision, VisionTransformer
+from cohobate.models.pixels import check_pixels, normalise
 from cohobate.teacher.anatomy import Anatomy
 from cohobate.tokens import TokenGrid
 
@@ -49,7 +50,7 @@ class TeacherModule(Protocol):
 
 
 class Original:
-    """A module's own forward: uint8 pixels in, residual streams out, in eval mode, without gradient or autocast.
+    """A module's own forward: pixels in, residual streams out, in eval mode, without gradient or autocast.
 
     The module is neither copied nor changed: it is put in eval mode for the call alone.
 
@@ -86,7 +87,7 @@ class Original:
         """Residual streams after the blocks ``layers``.
 
         Args:
-            pixels: [B, T, H, W, C] uint8, of the grid's size.
+            pixels: [B, T, H, W, C] of the grid's size, uint8, or floating and normalised by ``mean`` and ``std``.
             layers: ascending numbers in [0, depth]; 0 is the embedding.
 
         Returns:
@@ -95,18 +96,15 @@ class Original:
         Raises:
             UserError: pixels or layers that do not fit.
         """
-        if pixels.dim() != 5 or tuple(pixels.shape[1:]) != self.grid.pixel_shape or pixels.dtype != torch.uint8:
-            expected = ", ".join(map(str, self.grid.pixel_shape))
-            raise UserError(f"pixels: expected uint8 [B, {expected}], got {pixels.dtype} {list(pixels.shape)}")
+        check_pixels(pixels, self.grid)
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > self.depth:
             raise UserError(f"layers: expected ascending numbers in [0, {self.depth}], got {list(layers)}")
-        with _evaluating(self.module), torch.autocast(pixels.device.type, enabled=False):
+        with evaluating(self.module), torch.autocast(pixels.device.type, enabled=False):
             return self._run(self, pixels, layers)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, T, H, W, C] uint8 -> [B, C, H, W], a clip [B, C, T, H, W]: normalised, in the module's dtype."""
-        mean, std = (torch.tensor(x, device=pixels.device) for x in (self.mean, self.std))
-        x = ((pixels.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3)
+        """Pixels [B, T, H, W, C] -> [B, C, H, W], a clip [B, C, T, H, W]: normalised, in the module's dtype."""
+        x = (pixels if pixels.is_floating_point() else normalise(pixels, self)).permute(0, 4, 1, 2, 3)
         clip = self.grid.frames > 1 or self.grid.patch[0] > 1
         return (x if clip else x[:, :, 0]).contiguous().to(self.dtype)
 
@@ -166,8 +164,8 @@ class Source:
 
     @property
     def width(self) -> int:
-        """D."""
-        return self._any.width
+        """Of the features: D, or D_T behind a projection."""
+        return self._any.width if self.anatomy is None else self.anatomy.out
 
     @property
     def depth(self) -> int:
@@ -335,7 +333,8 @@ def from_module(module: TeacherModule, name: str) -> Source:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Every part in eval mode inside the block, and as it was behind it."""
     training = [child for child in module.modules() if child.training]
     for child in training:
         child.training = False

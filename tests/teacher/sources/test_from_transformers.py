@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from cohobate.errors import UserError
+from cohobate.models import Precision
+from cohobate.teacher import FrozenTeacher
 from cohobate.teacher.sources import fit, load_source
 from cohobate.teacher.sources.source import Original, agreement
 
@@ -219,6 +221,94 @@ def test_the_tower_of_a_two_tower_checkpoint(tmp_path: Path, scramble: Make, pix
     assert source.reasons == () and source.anatomy is not None and whole.anatomy is not None
     pixels = pixels_of(source.grid)
     torch.testing.assert_close(source.anatomy.forward(pixels, [3]), whole.anatomy.forward(pixels, [3]))
+
+
+# ------------------------------------------------------------------------------------------------- CLIP's projection
+
+
+def clip(scramble: Make, **options: Any) -> Any:
+    return scramble(build("CLIPVisionConfig", "CLIPVisionModelWithProjection", {"projection_dim": 20} | options))
+
+
+def projected(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Every token as CLIP makes its class token: the final norm, then the projection."""
+    with torch.no_grad():
+        tower = model.vision_model
+        tokens = model.visual_projection(tower.post_layernorm(tower(images).last_hidden_state))
+        torch.testing.assert_close(tokens[:, 0], model(images).image_embeds, rtol=1e-5, atol=1e-5)
+    return tokens
+
+
+def test_clips_tokens_behind_its_projection(scramble: Make, pixels_of: Make) -> None:
+    model = clip(scramble)
+    source = load_source(model, projection=True)
+    assert source.anatomy is not None and source.original is not None
+    assert (source.width, source.anatomy.width, source.prefix) == (20, 32, 1)
+    pixels = pixels_of(source.grid)
+    wanted = projected(model, source.original.images(pixels))
+    for found in (
+        source.anatomy.forward(pixels, [3])[0],
+        FrozenTeacher(source.anatomy, precision=Precision(torch.float32, torch.float32))(pixels)[0],
+    ):
+        # two evaluations of one formula in fp32, as everywhere here
+        assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    plain = load_source(model)
+    assert plain.anatomy is not None and plain.anatomy.head is None and plain.width == 32
+    with torch.no_grad():
+        model.visual_projection.weight.add_(1)  # its owner goes on training it
+    assert torch.equal(source.anatomy.forward(pixels, [3])[0], source.anatomy.forward(pixels, [3])[0])
+    assert not torch.equal(source.anatomy.head, model.visual_projection.weight)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_a_folder_with_its_projection(towers: int, tmp_path: Path, scramble: Make, pixels_of: Make) -> None:
+    if towers == 1:
+        model = clip(scramble)
+    else:
+        text = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"num_hidden_layers": 1, "vocab_size": 99}
+        config = transformers.CLIPConfig(
+            text_config=text | {"num_attention_heads": 4, "projection_dim": 20},
+            vision_config=SMALL | {"projection_dim": 20},
+            projection_dim=20,
+        )
+        model = scramble(transformers.CLIPModel(config))
+    model.save_pretrained(tmp_path)
+    source = load_source(f"hf:{tmp_path}?projection=true")
+    assert source.anatomy is not None and source.anatomy.head is not None and source.width == 20
+    assert torch.equal(source.anatomy.head, model.visual_projection.weight)
+    assert load_source(f"hf:{tmp_path}").width == 32
+    pixels = pixels_of(source.grid)
+    found, instance = source.anatomy, load_source(model, projection=True).anatomy
+    assert instance is not None
+    torch.testing.assert_close(found.forward(pixels, [3]), instance.forward(pixels, [3]))
+
+
+def test_a_projection_that_is_missing(tmp_path: Path, scramble: Make) -> None:
+    """From a checkpoint that lacks it, transformers would draw one; without the option nobody would miss it."""
+    clip(scramble).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights.pop("visual_projection.weight"))
+    assert load_source(f"hf:{tmp_path}").reasons == ()
+    with pytest.raises(UserError, match=r"missing: visual_projection\.weight"):
+        load_source(f"hf:{tmp_path}?projection=true")
+
+
+def test_models_without_a_projection(tmp_path: Path, scramble: Make) -> None:
+    siglip = scramble(build("SiglipVisionConfig", "SiglipVisionModel", {}))
+    with pytest.raises(UserError, match="projection: expected a CLIP model with a projection, got Siglip"):
+        load_source(siglip, projection=True)
+    siglip.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="projection: expected a CLIP model with a projection, got siglip"):
+        load_source(f"hf:{tmp_path}?projection=true")
+    assert load_source(f"hf:{tmp_path}").width == 32
+
+
+def test_a_projection_of_a_model_that_cannot_be_rebuilt(scramble: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = clip(scramble)
+    block = type(model.vision_model.encoder.layers[0])
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: 1.001 * result(forward(*args, **kwargs)))
+    with pytest.raises(UserError, match=r"projection: hf .* could not be rebuilt: rebuilt features differ"):
+        load_source(model, projection=True)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -86,8 +86,8 @@ def test_the_adapter_checks_its_input(pixels_of: Make) -> None:
     original = load_source(Opaque(TokenGrid.image(16, 8))).original
     assert original is not None
     pixels = pixels_of(original.grid)
-    with pytest.raises(UserError, match=r"pixels: expected uint8 \[B, 1, 16, 16, 3\]"):
-        original.hidden_states(pixels.float(), [1])
+    with pytest.raises(UserError, match=r"pixels: expected uint8 or floating \[B, 1, 16, 16, 3\]"):
+        original.hidden_states(pixels.int(), [1])
     for layers in ([], [2, 1], [3], [-1]):
         with pytest.raises(UserError, match=r"layers: expected ascending numbers in \[0, 2\]"):
             original.hidden_states(pixels, layers)
