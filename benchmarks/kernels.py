@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from cohobate.benchmarks import cases, command
 from cohobate.benchmarks.harness import Row, measure
 from cohobate.errors import UserError
+
+CLIP_OPS = ("gather_patches", "embed_patches", "assemble_visible_first", "pixel_loss_video", "align_layers_mse")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +29,14 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--size", choices=tuple(cases.WIDTHS), default="vit-b", help="model size (default: vit-b)")
     parser.add_argument("--batch", type=int, default=64, help="images a call (default: 64; 8 stay in the caches)")
+    parser.add_argument(
+        "--clips",
+        action="store_true",
+        help="VideoMAE's shapes: 16 frames, tubelets of 2, a tenth visible; --batch clips",
+    )
     parser.add_argument("--dtypes", default="fp32,bf16", help="fp32 first, the baseline's (default: fp32,bf16)")
     args = parser.parse_args(argv)
-    names = list(cases.CASES) if args.ops == "all" else args.ops.split(",")
+    names = list(CLIP_OPS if args.clips else cases.CASES) if args.ops == "all" else args.ops.split(",")
     dtypes = tuple(args.dtypes.split(","))
     if args.batch < 1:
         raise UserError(f"--batch: expected at least 1, got {args.batch}")
@@ -39,6 +47,8 @@ def _main(argv: Sequence[str] | None) -> int:
             raise UserError(f"--ops: expected all, or some of {', '.join(known)}; got {name!r}")
     console = command.wide_console()
     sizes = cases.Sizes(batch=args.batch, width=cases.WIDTHS[args.size])
+    if args.clips:
+        sizes = dataclasses.replace(sizes, decoder=sizes.width // 2, keep=0.1, frames=16, tubelet=2)
     if args.quick:
         sizes = cases.Sizes(batch=2, width=192, image=64, decoder=128)
     setting = command.prepare(args)

@@ -318,43 +318,46 @@ def aot_cases(architecture: str) -> list[AotCase]:
 
     cases = []
     sizes = {"visible": "i32", "count": "i32", "stride_rows_b": "i32"}
-    for dtype, width, config in shipped("assemble", architecture, dtypes=FLOAT_DTYPES, widths=(384, 512)):
+    # Decoders of MAE and dBOT (512, raster) and of VideoMAE (half the encoder), AMD's generators (as the teacher).
+    widths = (192, 384, 512, 1024)
+    for dtype, width, config in shipped("assemble", architecture, dtypes=FLOAT_DTYPES, widths=widths):
         tables = {"mask_ptr": "*fp32", "positions_ptr": "*fp32", "rows_ptr": "*i32"}
         strides = {"stride_x_b": "i32:16", "stride_x_n": "i32:16"}
         block = column_block(width)
-        constants: dict[str, Any] = {"PREFIX": 1, "D": width, "HAS_POSITIONS": True}
+        constants: dict[str, Any] = {"D": width, "HAS_POSITIONS": True}
         cases += [
             AotCase(
                 kernel=_assemble_kernel,
                 signature={"x_ptr": pointer(dtype), "out_ptr": pointer(dtype), **tables, **sizes, **strides},
-                constexprs={**constants, "RASTER": raster, "BLOCK_R": TILE // block, "BLOCK_D": block},
+                constexprs={
+                    **constants,
+                    "PREFIX": int(raster),
+                    "RASTER": raster,
+                    "BLOCK_R": TILE // block,
+                    "BLOCK_D": block,
+                },
                 config=config,
                 expects=frozenset({"vector16"}),
                 name=f"{dtype} {width} {'raster' if raster else 'visible_first'}",
             )
             for raster in (True, False)
         ]
-    for dtype, width, config in shipped("assemble_backward", architecture, dtypes=FLOAT_DTYPES, widths=(384, 512)):
+    for dtype, width, config in shipped("assemble_backward", architecture, dtypes=FLOAT_DTYPES, widths=widths):
         pointers = {"grad_ptr": pointer(dtype), "dx_ptr": pointer(dtype), "partial_ptr": "*fp32", "rows_ptr": "*i32"}
         strides = {"stride_grad_b": "i32:16", "stride_grad_n": "i32:16"}
         block = min(column_block(width), 256)
-        cases.append(
+        constants = {"D": width, "CHUNK": CHUNK, "BLOCK_R": min(TILE // block, CHUNK), "BLOCK_D": block}
+        cases += [
             AotCase(
                 kernel=_assemble_backward_kernel,
                 signature={**pointers, **sizes, **strides},
-                constexprs={
-                    "PREFIX": 1,
-                    "D": width,
-                    "RASTER": True,
-                    "CHUNK": CHUNK,
-                    "BLOCK_R": min(TILE // block, CHUNK),
-                    "BLOCK_D": block,
-                },
+                constexprs={**constants, "PREFIX": int(raster), "RASTER": raster},
                 config=config,
                 expects=frozenset({"vector16"}),
-                name=f"{dtype} {width}",
+                name=f"{dtype} {width} {'raster' if raster else 'visible_first'}",
             )
-        )
+            for raster in (True, False)
+        ]
     for dtype, width, config in shipped("assemble_sum", architecture, dtypes=FLOAT_DTYPES, widths=(512,)):
         pointers = {"source_ptr": pointer(dtype), "index_ptr": "*i32", "out_ptr": "*fp32"}
         strides = {"stride_source_b": "i32:16", "stride_source_n": "i32:16", "stride_index_b": "i32"}

@@ -375,7 +375,7 @@ def aot_cases(arch: str) -> list[AotCase]:
 
     cases = []
     for pt, ph, pw in AOT_PATCHES:
-        widths = (384, 768, 1024) if pt == 1 else (768,)
+        widths = (384, 768, 1024)
         width = pt * ph * pw * 3
         patch = {"PT": pt, "PH": ph, "PW": pw, "C": 3}
         block = {"K": width, "C": 3, "BLOCK_K": triton.next_power_of_2(width)}

@@ -163,7 +163,7 @@ def aot_cases(architecture: str) -> list[AotCase]:
             name=f"{dtype} {width}",
         )
         for op, kernel in (("take", _take_kernel), ("put", _put_kernel))
-        for dtype, width, config in shipped(op, architecture, dtypes=FLOAT_DTYPES, widths=(384, 768))
+        for dtype, width, config in shipped(op, architecture, dtypes=FLOAT_DTYPES, widths=(384, 768, 1024))
     ]
 
 
