@@ -5,6 +5,6 @@ torch nor the rest of the engine, so a report can be made on another machine, af
 """
 
 from cohobate.report.page import write_report
-from cohobate.report.run import Evaluation, Run, Samples, read_run
+from cohobate.report.run import Evaluation, Retrieval, Run, Samples, read_run
 
-__all__ = ["Evaluation", "Run", "Samples", "read_run", "write_report"]
+__all__ = ["Evaluation", "Retrieval", "Run", "Samples", "read_run", "write_report"]

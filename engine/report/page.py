@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cohobate.report import plots
-from cohobate.report.run import Evaluation, Run, read_run
+from cohobate.report import pictures, plots
+from cohobate.report.run import Evaluation, Run, Samples, read_run
 
 DPI = 150
 FILES_SHOWN = 20
@@ -24,10 +24,20 @@ QUALITY_NOTE = (
     "In the table, the change from stage 0 is in percentage points."
 )
 SAMPLES_NOTE = (
-    "Hidden patches are grey. The features of each token are shown as their first three principal components in red, "
-    "green and blue: equal colours mean similar features. The target is what the loss asks for (the teacher's "
-    "features, or the pixels where there is no teacher), the prediction what the student makes of it from the patches "
-    "that it sees; these it need not predict, so they are grey there."
+    "Light grey is what was hidden. The reconstruction shows the student's prediction where it saw nothing, and the "
+    "image itself where it did. Where the loss standardises each patch, a predicted patch has the true patch's own "
+    "brightness and contrast, and only the rest is the student's work. Features are drawn as their first three "
+    "principal components in red, green and blue, fitted to the targets of all these images: equal colours mean "
+    "similar features. The target is the teacher's, the prediction what the student makes of it from what it sees."
+)
+ATTENTION_NOTE = (
+    "How much the last block of the student, shown whole images, attends to each patch: from its class token, or from "
+    "the patches on average where it has none. The scale counts in shares of an even spread and is the same for all "
+    "pictures of a stage; what is missing from the whole goes to the class token itself."
+)
+RETRIEVAL_NOTE = (
+    "The images whose features (mean over patches) lie nearest to a query's by cosine similarity, the nearest first; "
+    "the query itself is left out."
 )
 
 
@@ -38,8 +48,8 @@ def write_report(folder: str | Path) -> Path:
     Raises :class:`cohobate.errors.UserError` if the folder holds no run.
     """
     run = read_run(folder)
-    pictures = _Pictures(run.folder / "report")
-    body = "\n".join(part for part in _sections(run, pictures) if part)
+    files = _Pictures(run.folder / "report")
+    body = "\n".join(part for part in _sections(run, files) if part)
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     title = escape(f"Cohobate run: {run.folder.resolve().name}")
     page = run.folder / "report.html"
@@ -69,33 +79,53 @@ class _Pictures:
         return f'<figure><img alt="{escape(alternative)}" src="data:image/png;base64,{data}"></figure>'
 
 
-def _sections(run: Run, pictures: _Pictures) -> Iterator[str]:
+def _sections(run: Run, files: _Pictures) -> Iterator[str]:
+    samples = [pictures.few(found) for found in run.samples]
     yield f"<h1>{escape(run.folder.resolve().name)}</h1>"
     yield f'<p class="lead">{escape(_lead(run))}</p>'
     yield _facts(run)
     yield _warning(run)
     yield _section(
         "What the features are worth",
-        pictures.html("quality", plots.quality(run), "kNN and linear probe accuracy after each stage"),
+        files.html("quality", plots.quality(run), "kNN and linear probe accuracy after each stage"),
         _quality_table(run.evaluations),
         note=QUALITY_NOTE,
     )
-    yield _section("Loss", pictures.html("loss", plots.loss(run), "loss of each stage"))
+    yield _section("Loss", files.html("loss", plots.loss(run), "loss of each stage"))
     yield _section(
         "What a stage sees and asks for",
         *(
             f"<h3>{escape(found.stage)}</h3>"
-            + pictures.html(f"samples-{index}", plots.samples(found), f"images, masks and features of {found.stage}")
-            for index, found in enumerate(run.samples, 1)
+            + files.html(f"samples-{index}", pictures.samples(found), f"images, masks and features of {found.stage}")
+            for index, found in enumerate(samples, 1)
         ),
         note=SAMPLES_NOTE,
     )
     yield _section(
-        "Speed",
-        pictures.html("throughput", plots.throughput(run), "samples a second and share of time waiting for data"),
-        pictures.html("time", plots.time_spent(run), "where the time went"),
+        "Where the student looks",
+        *(
+            f"<h3>{escape(found.stage)}</h3>"
+            + files.html(f"attention-{index}", _attention(found), f"attention maps of {found.stage}")
+            for index, found in enumerate(samples, 1)
+            if found.attention is not None
+        ),
+        note=ATTENTION_NOTE,
     )
-    yield _section("Signals", pictures.html("signals", plots.signals(run), "learning rate, gradient norm, targets"))
+    yield _section(
+        "Nearest images",
+        *(
+            f"<h3>{escape(found.stage)}</h3>"
+            + files.html(f"retrieval-{index}", pictures.retrieval(found), f"nearest images of {found.stage}")
+            for index, found in enumerate(run.retrieval, 1)
+        ),
+        note=RETRIEVAL_NOTE,
+    )
+    yield _section(
+        "Speed",
+        files.html("throughput", plots.throughput(run), "samples a second and share of time waiting for data"),
+        files.html("time", plots.time_spent(run), "where the time went"),
+    )
+    yield _section("Signals", files.html("signals", plots.signals(run), "learning rate, gradient norm, targets"))
     yield _section("Data", _table(_flat(run.data_report)))
     yield _section("Environment", _table(_flat(run.environment)))
     yield _section("Configuration", f"<pre>{escape(run.config)}</pre>" if run.config else "")
@@ -152,8 +182,15 @@ def _largest_gain(found: list[Evaluation]) -> tuple[Evaluation, Evaluation] | No
 
 
 def _warning(run: Run) -> str:
-    """A box that says so when a loss was not finite, naming the stage and the first step."""
-    lines = []
+    """A box with the alarms of the run, and with every loss that was not finite: its stage and first step."""
+    alarms: dict[tuple[int, str], list[tuple[int, str]]] = {}
+    for stage, step, text in run.alarms:  # what differs in the number at its end alone is told once
+        alarms.setdefault((stage, text.rpartition(":")[0] or text), []).append((step, text))
+    lines = [
+        f"{run.stage_name(stage)}: {found[0][1]} (at step {found[0][0]}"
+        + (f", and on {len(found) - 1} later log lines)." if len(found) > 1 else ").")
+        for (stage, _), found in alarms.items()
+    ]
     for stage in run.stages:
         for key in run.loss_keys(stage):
             steps, values = run.series(key, stage)
@@ -162,6 +199,13 @@ def _warning(run: Run) -> str:
                 where = f"{len(broken)} of {len(steps)} log lines, first at step {broken[0]:.0f}"
                 lines.append(f"{run.stage_name(stage)}: {key} was not finite on {where}.")
     return f'<div class="warning">{"<br>".join(escape(line) for line in lines)}</div>' if lines else ""
+
+
+def _attention(found: Samples) -> Figure | None:
+    if found.attention is None:
+        return None
+    heads = [] if found.attention_heads is None else found.attention_heads.tolist()
+    return pictures.attention(found.images, found.attention, heads)
 
 
 def _quality_table(evaluations: list[Evaluation]) -> str:

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from cohobate.report.run import Evaluation, Run, Samples
+from cohobate.report.run import Evaluation, Run
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442",
@@ -139,6 +139,7 @@ def quality(run: Run) -> Figure | None:
             _stage_lines(ax, [(found, found.value) for found in rows], colour)
         _from_zero(ax)
         _end_labels(ax, "{:.0%}")
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # ticks that whole percents do not round
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if ranks:
         axes[0, -1].set_title("effective rank of the features")
@@ -188,22 +189,35 @@ def _end_labels(ax: Axes, text: str) -> None:
                     color=colour, fontsize=8.5, annotation_clip=False)  # fmt: skip
 
 
+SIGNALS = {
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "target/std": "spread (std) of the targets",
+    "features/rank": "effective rank of features",
+    "features/spread": "relative spread of features",
+}
+
+
 @styled
 def signals(run: Run) -> Figure | None:
-    """Learning rate, gradient norm and the targets' spread, one after another; a spread near 0 is a collapse."""
-    wanted = {"lr": "learning rate", "grad_norm": "gradient norm", "target/std": "spread (std) of the targets"}
-    present = {key: name for key, name in wanted.items() if np.isfinite(run.series(key)[1]).any()}
+    """Learning rate, gradient norm, and what tells of a collapse: targets or features that lose their spread."""
+    present = {key: name for key, name in SIGNALS.items() if np.isfinite(run.series(key)[1]).any()}
     if not present:
         return None
-    made, axes = figure(2.4, 1, len(present))
-    for ax, (key, name) in zip(axes[0], present.items()):
+    columns = min(3, len(present))
+    rows = math.ceil(len(present) / columns)
+    made, axes = figure(2.4 * rows, rows, columns)
+    for ax, (key, name) in zip(axes.flat, present.items()):
         for stage in run.stages:
-            ax.plot(*run.series(key, stage), color=BLUE, linewidth=1.5)
+            steps, values = run.series(key, stage)
+            ax.plot(steps, values, color=BLUE, linewidth=1.5, marker="o" if len(steps) < 12 else "", markersize=3)
         _from_zero(ax)
         ax.set_title(name)
         ax.set_xlabel("step of the run")
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _mark_stages(ax, run)
+    for ax in axes.flat[len(present) :]:
+        ax.set_axis_off()
     return made
 
 
@@ -293,36 +307,3 @@ def _small_together(timing: dict[str, dict[str, float]], share: float = 0.015) -
             name = part if total[part] >= share * whole else "other"
             merged[stage][name] = merged[stage].get(name, 0.0) + seconds
     return merged
-
-
-@styled
-def samples(found: Samples, most: int = 8) -> Figure:
-    """A column an image: the image, what the student saw of it, the target's and the prediction's first components."""
-    count = min(most, len(found.images))
-    rows: list[tuple[str, NDArray[np.generic]]] = [
-        ("image", found.images),
-        ("student sees", _kept(found.images, found.visible)),
-    ]
-    if found.target_pca is not None:
-        rows.append(("target\n(PCA)", np.clip(found.target_pca, 0, 1)))
-    if found.prediction_pca is not None:
-        rows.append(("prediction\n(PCA)", _kept(np.clip(found.prediction_pca, 0, 1), ~found.visible)))
-    side = (WIDTH - 1.0) / most
-    height = side * found.images.shape[1] / found.images.shape[2]
-    made, axes = figure(height * len(rows) + 0.1, len(rows), most)
-    for line, (name, pictures) in zip(axes, rows):
-        for ax in line:
-            ax.set_axis_off()
-        for ax, picture in zip(line, pictures[:count]):
-            ax.imshow(picture, interpolation="nearest")
-        line[0].text(-0.12, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    return made
-
-
-def _kept(pictures: NDArray[Any], kept: NDArray[np.bool_]) -> NDArray[Any]:
-    """The pictures [n,H,W,3], light grey outside the patches to keep; ``kept`` [n,h,w] is spread over the pixels."""
-    height, width = pictures.shape[1:3]
-    rows = np.arange(height) * kept.shape[1] // height
-    columns = np.arange(width) * kept.shape[2] // width
-    grey = 225 if pictures.dtype == np.uint8 else 225 / 255
-    return np.where(kept[:, rows[:, None], columns[None, :], None], pictures, np.asarray(grey, pictures.dtype))

@@ -2,11 +2,12 @@
 
 =======================  =============================================================================================
 ``metrics.jsonl``        one object a log line: ``step``, ``stage`` (its index, from 1), ``epoch``, ``loss/*``, ``lr``,
-                         ``grad_norm``, ``perf/samples_s``, ``perf/data_wait`` (share, 0..1), ``target/std``
+                         ``grad_norm``, ``perf/samples_s``, ``perf/data_wait`` (share, 0..1), ``target/std``; perhaps
+                         ``alarm``, a sentence on what looks wrong
 ``evaluations.jsonl``    one object an evaluation: ``stage`` (0 = untrained), ``stage_name``, ``features`` (cls, mean),
                          ``label``, ``metric`` (knn, linear), ``value`` (0..1), ``effective_rank``
-``samples-<stage>.npz``  ``images`` uint8 [n,H,W,3], ``visible`` bool [n,h,w] (token grid), ``target_pca`` and perhaps
-                         ``prediction_pca`` float [n,h,w,3] in 0..1, ``stage`` str
+``samples-<stage>.npz``  see :class:`Samples`: arrays of its fields' names; those of an image have no time axis
+``retrieval-*.npz``      see :class:`Retrieval`, likewise
 ``timing.json``          seconds by activity, or the same a stage: ``{"stage": {"activity": seconds}}``
 ``data_report.json``     counters of the input pipeline, bad files among them
 ``environment.json``     versions, devices, commit
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,51 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Samples:
-    """A few images of one stage: what the student saw, what the teacher asked for, what the student answered."""
+    """A few images or clips of one stage: what was seen, what was asked for, what was answered.
+
+    Attributes:
+        stage: its number and name.
+        images: uint8 [n,T,H,W,3]; an image has one frame.
+        visible: bool [n,t,h,w], the tokens that the student saw.
+        teacher_visible: those that the teacher saw; None where it saw everything or there is none.
+        target: "features" of a teacher, or "pixels".
+        target_pca, prediction_pca: [n,t,h,w,3] in 0..1, their first principal components.
+        predicted: bool [n,t,h,w], the tokens that have a prediction; None: those that the student did not see.
+        reconstruction: uint8 [n,T,H,W,3], predicted pixels where the student saw none; None where none are predicted.
+        attention: [n,1+k,t,h,w], shares of the student's last block: the mean over heads, then k single heads.
+        attention_heads: int [k], their numbers, from 0.
+    """
 
     stage: str
-    images: NDArray[np.uint8]  # [n,H,W,3]
-    visible: NDArray[np.bool_]  # [n,h,w]
-    target_pca: NDArray[np.float64] | None  # [n,h,w,3] in 0..1; None where there is no teacher
-    prediction_pca: NDArray[np.float64] | None
+    images: NDArray[np.uint8]
+    visible: NDArray[np.bool_]
+    teacher_visible: NDArray[np.bool_] | None = None
+    target: str = "features"
+    target_pca: NDArray[np.floating[Any]] | None = None
+    prediction_pca: NDArray[np.floating[Any]] | None = None
+    predicted: NDArray[np.bool_] | None = None
+    reconstruction: NDArray[np.uint8] | None = None
+    attention: NDArray[np.floating[Any]] | None = None
+    attention_heads: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The images nearest to a few queries, by the cosine of their features.
+
+    Attributes:
+        stage: number and name of the stage whose features they are.
+        queries: uint8 [M,T,H,W,3]. neighbours: uint8 [M,k,T,H,W,3], the nearest first.
+        similarity: float [M,k]. same: bool [M,k], whether a neighbour has the query's label; None without labels.
+        label: the kind of label.
+    """
+
+    stage: str
+    queries: NDArray[np.uint8]
+    neighbours: NDArray[np.uint8]
+    similarity: NDArray[np.floating[Any]]
+    same: NDArray[np.bool_] | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +99,7 @@ class Run:
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation] = field(default_factory=list)
     samples: list[Samples] = field(default_factory=list)
+    retrieval: list[Retrieval] = field(default_factory=list)
     timing: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds by activity, by stage or "whole run"
     data_report: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +122,12 @@ class Run:
         steps = np.array([float(row["step"]) for row in rows])
         return steps, np.array([_number(row[key]) for row in rows], dtype=np.float64)
 
+    @property
+    def alarms(self) -> list[tuple[int, int, str]]:
+        """(stage, step, text) of every alarm that the run logged."""
+        rows = [row for row in self.metrics if row.get("alarm")]
+        return [(int(row.get("stage", 1)), int(row["step"]), str(row["alarm"])) for row in rows]
+
     def loss_keys(self, stage: int) -> list[str]:
         """Loss terms that a stage logged, the total first."""
         keys = {key for row in self.metrics if int(row.get("stage", 1)) == stage for key in row}
@@ -102,6 +148,7 @@ def read_run(folder: str | Path) -> Run:
         metrics=metrics,
         evaluations=[_evaluation(row) for row in _lines(path / "evaluations.jsonl") if "metric" in row],
         samples=[_samples(file) for file in sorted(path.glob("samples*.npz"), key=_file_number)],
+        retrieval=[_retrieval(file) for file in sorted(path.glob("retrieval*.npz"), key=_file_number)],
         timing=_timing(_json(path / "timing.json")),
         data_report=_json(path / "data_report.json"),
         environment=_json(path / "environment.json"),
@@ -154,13 +201,25 @@ def _evaluation(row: dict[str, Any]) -> Evaluation:
 
 def _samples(path: Path) -> Samples:
     with np.load(path, allow_pickle=False) as data:
-        return Samples(
-            stage=str(data["stage"]) if "stage" in data else path.stem,
-            images=data["images"],
-            visible=data["visible"].astype(bool),
-            target_pca=data.get("target_pca"),
-            prediction_pca=data.get("prediction_pca"),
-        )
+        known = {field.name: data[field.name] for field in fields(Samples) if field.name in data}
+    known["stage"] = str(known.get("stage", path.stem))
+    known["target"] = str(known.get("target", "features"))
+    ranks = {"images": 5, "reconstruction": 5, "visible": 4, "teacher_visible": 4, "predicted": 4}
+    ranks |= {"target_pca": 5, "prediction_pca": 5, "attention": 5}
+    return Samples(**{name: _timed(array, ranks.get(name, 0), name == "attention") for name, array in known.items()})
+
+
+def _retrieval(path: Path) -> Retrieval:
+    with np.load(path, allow_pickle=False) as data:
+        known = {field.name: data[field.name] for field in fields(Retrieval) if field.name in data}
+    known["stage"], known["label"] = str(known.get("stage", path.stem)), str(known.get("label", ""))
+    known["queries"], known["neighbours"] = _timed(known["queries"], 5), _timed(known["neighbours"], 6, True)
+    return Retrieval(**known)
+
+
+def _timed(array: Any, rank: int, second: bool = False) -> Any:
+    """An image's array with the time axis that it was stored without: the second, or the third one."""
+    return np.expand_dims(array, 2 if second else 1) if rank and array.ndim == rank - 1 else array
 
 
 def _file_number(path: Path) -> int:

@@ -1,16 +1,37 @@
-"""A few images for the report: what the student saw, and target and prediction as colours."""
+"""Pictures of a stage, as arrays: what was shown, what was asked for and answered, where the student looks.
+
+Everything here is computed anew for a few images; training never runs any of it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cohobate.masking import random_plan
+from cohobate.evaluation import ImageSource
+from cohobate.evaluation.extractor import Extractor
+from cohobate.masking import MaskPlan
+from cohobate.methods import AMD, DBOT, MAE
+from cohobate.teacher.sources import own
+from cohobate.tokens import TokenGrid
 from cohobate.training.stages import Stage
+from cohobate.training.views import (
+    Colours,
+    in_raster_order,
+    looked_at,
+    neighbours,
+    on_grid,
+    predicted_pixels,
+    reconstruct,
+    rgb,
+    timeless,
+)
+
+QUERIES, MEMORY = 6, 2000  # of the picture of nearest images: how many ask, and how many are searched
 
 
 @dataclass(frozen=True)
@@ -20,59 +41,96 @@ class _Images:
 
 @torch.no_grad()
 def write_samples(path: Path, stage: Stage, images: Tensor, ids: Tensor) -> None:
-    """Write ``images`` uint8 [n,H,W,3], ``visible`` bool [n,h,w], ``target_pca`` and ``prediction_pca`` [n,h,w,3].
-
-    The three colours are the first principal components of the targets over all these images, scaled to 0..1; the
-    prediction is drawn on the same axes.
+    """Write what :class:`cohobate.report.Samples` holds of a stage; an image's arrays have no time axis.
 
     Args:
-        images: [n,1,H,W,C] uint8 on the stage's device. ids: [n] int64, what the masks are drawn for.
+        path: an ``.npz`` file.
+        images: [n,T,H,W,C] uint8 on the stage's device. ids: [n] int64, what the masks are drawn for.
     """
-    method, config = stage.method, stage.config
-    grid = method.student.grid
-    plan = random_plan(
-        grid,
-        ids,
-        seed=config.seed,
-        stage=stage.index,
-        epoch=0,
-        ratio=config.mask.ratio,
-        rounding=config.mask.rounding,
-    )
+    method, plan = stage.method, stage.plan(ids, 0, masks=1)
     training = method.training
     method.eval()
-    targets = method.targets(_Images(images)).float()
-    tokens = method.student(images, plan.visible)
-    prediction = method.decoder(tokens, plan)[:, method.student.prefix :].float()
+    arrays = draw(method, images, plan)
     method.train(training)
-    project = _colours(targets)
-    shape = (len(images), *grid.shape[1:])
-    hidden, _ = plan.to_boolean()
-    shown = images[:, 0, :, :, :3]
-    if shown.shape[-1] != 3:
-        shown = shown[..., :1].expand(-1, -1, -1, 3)
-    np.savez(
-        path,
-        images=shown.cpu().numpy(),
-        visible=(~hidden).view(shape).cpu().numpy(),
-        target_pca=project(targets).view(*shape, 3).cpu().numpy(),
-        prediction_pca=project(prediction).view(*shape, 3).cpu().numpy(),
-        stage=f"{stage.index + 1} {stage.name}",
+    known = {name: array.cpu().numpy() for name, array in arrays.items()}
+    target = "features" if isinstance(method, (DBOT, AMD)) else "pixels"
+    np.savez(path, stage=f"{stage.index + 1} {stage.name}", target=target, **known)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def draw(method: DBOT | MAE, images: Tensor, plan: MaskPlan) -> dict[str, Tensor]:
+    """The arrays of :class:`cohobate.report.Samples` for a method in eval mode."""
+    arrays = seen(images, plan, method.student.grid)
+    if isinstance(method, MAE):
+        arrays |= _pixels(method, images, plan)
+    if isinstance(method, AMD):
+        arrays |= _aligned_features(method, images, plan)
+    if isinstance(method, DBOT):
+        rows = plan.masked + method.student.prefix
+        arrays |= _colours(method, method.targets(_Images(images)), method.predict(images, plan, rows, None), plan)
+    if method.student.depth:
+        arrays |= looked_at(own.read(method.student, "student"), images)
+    return arrays
+
+
+def seen(images: Tensor, plan: MaskPlan, grid: TokenGrid) -> dict[str, Tensor]:
+    """``images``, ``visible`` and, where the teacher sees less than everything, ``teacher_visible``."""
+    student, teacher = (~hidden for hidden in plan.to_boolean())
+    arrays = {"images": timeless(rgb(images)), "visible": on_grid(student, grid)}
+    return arrays if plan.teacher == plan.tokens else arrays | {"teacher_visible": on_grid(teacher, grid)}
+
+
+def _colours(method: DBOT | MAE, targets: Tensor, predicted: Tensor, plan: MaskPlan) -> dict[str, Tensor]:
+    """Targets [n,N,D] and predictions [n,N-a,D] at ``plan.masked`` on the same axes."""
+    colours, grid = Colours(targets), method.student.grid
+    return {
+        "target_pca": on_grid(colours(targets), grid),
+        "prediction_pca": on_grid(in_raster_order(colours(predicted), plan.masked, plan.tokens), grid),
+    }
+
+
+def _pixels(method: MAE, images: Tensor, plan: MaskPlan) -> dict[str, Tensor]:
+    predicted = predicted_pixels(method.student, method.decoder, images, plan)
+    options = method.options
+    whole = reconstruct(
+        predicted, images, plan, method.student, convention=options.convention, normalised=options.norm_pix
     )
+    return _colours(method, method.targets(_Images(images)), predicted, plan) | {"reconstruction": timeless(rgb(whole))}
 
 
-class _colours:
-    """The map from features [n,N,D] to three colours in 0..1 that was fitted to the targets."""
+def _aligned_features(method: AMD, images: Tensor, plan: MaskPlan) -> dict[str, Tensor]:
+    """The teacher's last target layer at the tokens that it sees, and what the student has for it."""
+    student, teacher, options = method.student, method.teacher, method.options
+    layer, grid = teacher.layers[-1], student.grid
+    target = teacher(images, plan.teacher_rows)[-1][:, teacher.prefix :].float()
+    streams = student.intermediates(images, options.student_layers, plan.visible)
+    direct, generated = method.alignment(dict(zip(options.student_layers, streams)), plan)
+    parts = [(plan.visible, p[:, student.prefix :]) for p, (_, t) in zip(direct, options.direct) if t == layer][-1:]
+    parts += [(plan.diff, p) for p, (_, t) in zip(generated, options.generation) if t == layer][-1:]
+    places = torch.cat([rows for rows, _ in parts], dim=1)
+    predicted = torch.cat([values.float() for _, values in parts], dim=1)
+    colours = Colours(target)
+    has_one = in_raster_order(torch.ones_like(predicted[..., :1]), places, plan.tokens)[..., 0] > 0
+    return {
+        "target_pca": on_grid(in_raster_order(colours(target), plan.teacher_rows, plan.tokens), grid),
+        "prediction_pca": on_grid(in_raster_order(colours(predicted), places, plan.tokens), grid),
+        "predicted": on_grid(has_one, grid),
+    }
 
-    def __init__(self, targets: Tensor) -> None:
-        rows = targets.flatten(0, 1)
-        self.mean = rows.mean(dim=0)
-        _, _, axes = torch.linalg.svd(rows - self.mean, full_matrices=False)
-        self.axes = axes[:3].T
-        values = (rows - self.mean) @ self.axes
-        # Percentiles, so that one odd token does not grey out the rest.
-        self.low, self.high = values.quantile(torch.tensor([0.02, 0.98], device=rows.device), dim=0)
 
-    def __call__(self, features: Tensor) -> Tensor:
-        values = (features - self.mean) @ self.axes
-        return ((values - self.low) / (self.high - self.low).clamp_min(1e-6)).clamp(0, 1)
+def write_retrieval(
+    path: Path, stage: Stage, memory: ImageSource, queries: ImageSource | None, *, device: torch.device
+) -> None:
+    """Write what :class:`cohobate.report.Retrieval` holds: the nearest of 2000 images to 6 others, evenly spread.
+
+    Args:
+        path: an ``.npz`` file.
+        memory: what is searched. queries: what for; None: images of the memory, each left out of its own neighbours.
+
+    Raises:
+        UserError: weights that are not finite, or a single image.
+    """
+    memory = replace(memory, limit=MEMORY, _cache=[])
+    queries = replace(memory if queries is None else queries, limit=QUERIES, _cache=[])
+    found = neighbours(Extractor(stage.method.student), memory, queries, device=device)
+    np.savez(path, stage=f"{stage.index + 1} {stage.name}", **found)

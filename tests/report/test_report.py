@@ -73,7 +73,10 @@ def folder(tmp_path: Path) -> Path:
         arrays = {"images": images, "visible": rng.random((3, 6, 8)) < 0.25}
         if stage == 2:
             arrays |= {"target_pca": rng.random((3, 6, 8, 3)), "prediction_pca": rng.random((3, 6, 8, 3))}
+            arrays |= {"attention": rng.random((3, 3, 6, 8)), "attention_heads": np.array([0, 5])}
         np.savez(run / f"samples-{stage}.npz", stage=name, **arrays)
+    shown = {"queries": images, "neighbours": np.stack([images, images]).swapaxes(0, 1)}
+    np.savez(run / "retrieval-2.npz", stage="2 dbot", similarity=rng.random((3, 2)), **shown)
     (run / "timing.json").write_text(json.dumps({"1": {"data": 2.0, "step": 9.5}, "2": {"data": 2.5, "step": 12.0}}))
     bad = {"skipped": {"truncated": 2}, "files": [["a<b>.jpg", "truncated"]]}
     (run / "data_report.json").write_text(json.dumps(bad))
@@ -118,10 +121,11 @@ def test_the_page_holds_everything_and_loads_nothing(folder: Path) -> None:
     outline = Outline(text)
     assert page == folder / "report.html"
     assert outline.outside == [] and "url(" not in text and "<script" not in text
-    assert len(outline.images) == 7 and all(image.startswith(PNG) for image in outline.images)
+    assert len(outline.images) == 9 and all(image.startswith(PNG) for image in outline.images)
     assert {image.read_bytes() for image in (folder / "report").glob("*.png")} == set(outline.images)
     assert outline.headings[:3] == ["What the features are worth", "Loss", "What a stage sees and asks for"]
-    assert outline.headings[3:] == ["Speed", "Signals", "Data", "Environment", "Configuration"]
+    assert outline.headings[3:5] == ["Where the student looks", "Nearest images"]
+    assert outline.headings[5:] == ["Speed", "Signals", "Data", "Environment", "Configuration"]
     assert "seed: 7" in text and "cpu.threads" in text and "skipped.truncated" in text
     assert "a&lt;b&gt;.jpg: truncated" in text and "a run &lt;b&gt;&amp;" in text
 
@@ -182,13 +186,43 @@ def test_small_activities_are_counted_together() -> None:
     assert plots._small_together(timing) == {"1": {"step": 98.0, "other": 1.0}, "2": {"step": 99.0, "other": 0.5}}
 
 
-def test_patches_that_are_not_kept_are_grey_and_the_others_untouched() -> None:
-    images = np.arange(2 * 4 * 8 * 3, dtype=np.uint8).reshape(2, 4, 8, 3)
-    visible = np.array([[[True, False]], [[False, True]]])  # a grid of 1 x 2 patches of 4 x 4 pixels
-    shown = plots._kept(images, visible)
-    np.testing.assert_array_equal(shown[0, :, :4], images[0, :, :4])
-    np.testing.assert_array_equal(shown[1, :, 4:], images[1, :, 4:])
-    assert (shown[0, :, 4:] == 225).all() and (shown[1, :, :4] == 225).all()
+def test_alarms_are_told_once(folder: Path) -> None:
+    rows = metrics()
+    rows[3]["alarm"] = "a single <one>"
+    for place, rank in ((40, 1.4), (41, 1.2), (50, 1.1)):
+        rows[place]["alarm"] = f"collapse: the student gives one feature: rank {rank}"
+    write_lines(folder / "metrics.jsonl", rows)
+    text = write_report(folder).read_text(encoding="utf-8")
+    box = text.partition('<div class="warning">')[2].partition("</div>")[0]
+    assert box.split("<br>") == [
+        "1 mae: a single &lt;one&gt; (at step 40).",
+        "2 dbot: collapse: the student gives one feature: rank 1.4 (at step 410, and on 2 later log lines).",
+    ]
+
+
+def test_signals_of_a_collapse_are_drawn(folder: Path) -> None:
+    rows = metrics()
+    for row in rows[::10]:
+        row["features/rank"], row["features/spread"] = 20.0 - row["step"] / 100, 0.5
+    write_lines(folder / "metrics.jsonl", rows)
+    figure = plots.signals(read_run(folder))
+    assert figure is not None
+    shown = {ax.get_title(loc="left"): ax for ax in figure.axes if ax.get_title(loc="left")}
+    assert len(shown) == 5
+    first, second, *_ = shown["effective rank of features"].get_lines()
+    np.testing.assert_allclose(first.get_xydata(), [[10, 19.9], [110, 18.9], [210, 17.9]])
+    np.testing.assert_allclose(second.get_xdata(), [310, 410, 510])
+
+
+def test_samples_of_an_older_run_are_read(folder: Path) -> None:
+    """Files with images, visible and stage alone, without a time axis."""
+    first, second = read_run(folder).samples
+    assert first.images.shape == (3, 1, 24, 32, 3) and first.visible.shape == (3, 1, 6, 8)
+    assert first.stage == "1 mae" and first.target_pca is first.attention is first.reconstruction is None
+    assert second.attention is not None and second.attention.shape == (3, 3, 1, 6, 8)
+    (found,) = read_run(folder).retrieval
+    assert found.queries.shape == (3, 1, 24, 32, 3) and found.neighbours.shape == (3, 2, 1, 24, 32, 3)
+    assert found.same is None
 
 
 def test_flat_timing_is_one_bar(folder: Path) -> None:
