@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "TokenGrid": "tokens",
     "MaskPlan": "masking",
+    "mask_plan": "masking",
     "random_plan": "masking",
     "UserError": "errors",
 }
@@ -21,6 +22,7 @@ _MODULES = (
     "data",
     "errors",
     "evaluation",
+    "interop",
     "kernels",
     "masking",
     "methods",

@@ -26,11 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE | {"kernels"},
     "teacher": BASE | {"kernels", "models"},
     "methods": BASE | {"kernels", "models", "teacher"},
+    "interop": BASE | {"kernels", "models", "teacher", "methods"},
     "evaluation": BASE | {"kernels", "models", "teacher", "data"},
     "report": {"errors"},
     "config": PARTS,
     "training": PARTS | {"evaluation", "config"},
-    "cli": PARTS | {"evaluation", "config", "training", "report", "benchmarks"},
+    "cli": PARTS | {"interop", "evaluation", "config", "training", "report", "benchmarks"},
     "__main__": {"cli"},
     "__init__": set(),
 }
