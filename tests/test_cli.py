@@ -33,7 +33,7 @@ def complaint(capfd: pytest.CaptureFixture[str], *words: str) -> str:
 
 WRONG_WORDS = {
     ("tran", "demo"): [
-        "verb: expected one of train, eval, data, report, bench, info; got 'tran'",
+        "verb: expected one of train, eval, data, report, viz, bench, convert, info; got 'tran'",
         "did you mean 'train'?",
     ],
     ("train",): ["recipe: expected one of", "got none"],
@@ -142,7 +142,7 @@ def test_an_ops_complaint_is_one_line_too(capfd: pytest.CaptureFixture[str], mon
 def test_help_names_every_verb_and_every_key(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     usage = capfd.readouterr().out
-    for verb in ("train", "eval", "data", "report", "bench", "info"):
+    for verb in cli.VERBS:
         assert f"cohobate {verb}" in usage
     assert cli.main(["train", "--help"]) == 0
     assert "recipes: " in capfd.readouterr().out

@@ -20,10 +20,12 @@ from cohobate.errors import UserError
 USAGE = """cohobate: masked distillation pretraining of vision transformers
 
   cohobate train RECIPE [key=value ...]     a run; `cohobate train RECIPE --help` lists every key
-  cohobate eval knn|linear WEIGHTS DATA     quality of a run or of exported weights on labelled images
+  cohobate eval METRIC WEIGHTS DATA         quality on labelled images: knn, linear, attentive, finetune
   cohobate data make|inspect FOLDER         generate a labelled data set; look at a folder of images
   cohobate report RUN                       write the report page of a run
-  cohobate bench NAME [options]             measured tables: kernels, teacher, attention, step, data, quality
+  cohobate viz WEIGHTS IMAGES --out FOLDER  pictures: masks, features, attention, reconstructions, nearest images
+  cohobate bench NAME [options]             measured tables: kernels, teacher, features, attention, step, data, quality
+  cohobate convert SOURCE DESTINATION       checkpoints of dBOT, MAE, VideoMAE, AMD, timm, Hugging Face, in and out
   cohobate info                             what works here, and why the rest does not
 
 `cohobate VERB --help` says more. With several processes: torchrun --nproc-per-node N -m cohobate train RECIPE ...
@@ -34,7 +36,9 @@ VERBS = {
     "eval": "evaluate",
     "data": "data",
     "report": "report",
+    "viz": "viz",
     "bench": "bench",
+    "convert": "convert",
     "info": "info",
 }
 

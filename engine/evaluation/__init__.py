@@ -1,32 +1,54 @@
-"""How good frozen features are: kNN, linear probe, effective rank; on the class token and on the mean patch token."""
+"""How good features are: kNN, linear and attentive probes, effective rank, fine-tuning; and the nearest images."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cohobate.evaluation.features import FeatureSet, ImageSource, check_same_classes, extract, has_split, held_out_split
+from cohobate.evaluation.extractor import Extractor
+from cohobate.evaluation.features import (
+    FeatureSet,
+    ImageSource,
+    check_labels,
+    check_same_classes,
+    extract,
+    has_split,
+    held_out_split,
+)
+from cohobate.evaluation.finetune import RECIPES, Classifier, FinetuneRecipe, finetune
 from cohobate.evaluation.knn import knn_accuracy
 from cohobate.evaluation.linear import linear_accuracy
+from cohobate.evaluation.probe import ProbeRecipe, attentive_probe, linear_probe
 from cohobate.evaluation.quality import effective_rank
+from cohobate.evaluation.retrieval import nearest
 from cohobate.models import VisionTransformer
 
 __all__ = [
+    "RECIPES",
+    "Classifier",
+    "Extractor",
     "FeatureSet",
+    "FinetuneRecipe",
     "ImageSource",
+    "ProbeRecipe",
+    "attentive_probe",
+    "check_labels",
     "check_same_classes",
     "effective_rank",
     "evaluate",
     "extract",
+    "finetune",
     "has_split",
     "held_out_split",
     "knn_accuracy",
     "linear_accuracy",
+    "linear_probe",
+    "nearest",
     "summary",
 ]
 
 
 def evaluate(
-    encoder: VisionTransformer,
+    encoder: VisionTransformer | Extractor,
     train: ImageSource,
     test: ImageSource | None,
     *,
@@ -36,16 +58,23 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One row a (features, label kind, metric): ``features``, ``label``, ``metric``, ``value``, ``effective_rank``.
 
-    Without labels, or without a test part, the only metric is ``effective_rank`` of the training images.
+    Without labels, or without a test part, the only metric is ``effective_rank`` of the training images. Each image is
+    read once, whatever the metrics.
 
     Args:
         encoder: on the device to compute on; it is left in the mode it came in.
         train: the kNN's memory and the probe's training set. test: where accuracy is counted.
+
+    Raises:
+        UserError: a kind of label with one class only, or weights or features that are not finite.
     """
-    device = encoder.pos_embed.device
-    memory = extract(encoder, train, device)
+    if train.manifest.labels is not None and test is not None:
+        check_labels(train.manifest, "train")
+    extractor = encoder if isinstance(encoder, Extractor) else Extractor(encoder)
+    device = extractor.device
+    memory = extract(extractor, train, device)
     ranks = {name: effective_rank(values) for name, values in memory.features.items()}
-    queries = extract(encoder, test, device) if test is not None and memory.labels is not None else None
+    queries = extract(extractor, test, device) if test is not None and memory.labels is not None else None
     if queries is None or queries.labels is None or memory.labels is None:
         return [
             {"features": name, "label": "", "metric": "effective_rank", "value": rank, "effective_rank": rank}
@@ -67,11 +96,13 @@ def evaluate(
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows of :func:`evaluate` for people: a line a label kind, and one for the effective rank."""
+    """The rows of :func:`evaluate` or of a probe for people: a line a label kind, and one for the effective rank."""
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows if row["label"]):
         cells = [f"{r['metric']} {r['features']} {r['value']:.3f}" for r in rows if r["label"] == label]
         lines.append(f"{label:<16}{'   '.join(cells)}")
-    ranks = {row["features"]: row["effective_rank"] for row in rows}
+    ranks = {row["features"]: row["effective_rank"] for row in rows if "effective_rank" in row}
+    if not ranks:
+        return lines
     lines.append(f"{'effective rank':<16}{'   '.join(f'{name} {value:.1f}' for name, value in ranks.items())}")
     return lines

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cohobate import config as configuration
 from cohobate.config import Config
@@ -21,10 +23,12 @@ from cohobate.training.environment import environment
 from cohobate.training.feed import Feed
 from cohobate.training.metrics import Board, Clock, JsonLines, Meter, trim_lines
 from cohobate.training.reporter import Reporter
-from cohobate.training.samples import write_samples
+from cohobate.training.samples import write_retrieval, write_samples
 from cohobate.training.signals import StopRequest
 from cohobate.training.stages import Stage, StageManager, source_hashes
 from cohobate.training.step import Step
+
+WATCHED, WATCHED_CLIPS = 64, 16  # images, or clips, by which a collapse is noticed
 
 
 class Stopped(Exception):
@@ -87,6 +91,7 @@ class Run:
         self.point = point
         self.timing: dict[str, dict[str, float]] = {}
         self.train_images, self.test_images = self.feed.sources()
+        self._watched: Tensor | None = None
         if ranks.first:
             self._open_files()
         distributed.barrier(ranks)
@@ -137,9 +142,10 @@ class Run:
         if self.progress["stage"] != stage.index:
             self.progress = {"stage": stage.index, "stage_step": 0, "step": self.progress["step"]}
         step = Step(stage, self.ranks, self.clock, self.meter, self.feed.next)
-        reporter = Reporter(self.ranks, self.clock, self.meter, stage, self.progress["stage_step"])
+        images = self._watched_images()
+        reporter = Reporter(self.ranks, self.clock, self.meter, stage, self.progress["stage_step"], images)
         self.clock.mark("setup")
-        every, saved, asked = self.config.log.every, time.monotonic(), False
+        every, saved, asked, alarmed = self.config.log.every, time.monotonic(), False, False
         for number in range(self.progress["stage_step"], stage.steps):
             last = number + 1 == stage.steps
             reads = (number + 1) % every == 0 or last
@@ -151,6 +157,9 @@ class Run:
                 asked = due = False  # ranks speak to each other only where the metrics are read
             if reads:
                 row, asked, due = reporter.read(number + 1, asked, due)
+                if "alarm" in row and not alarmed:
+                    alarmed = True
+                    self.console.say(f"stage {stage.index + 1} {stage.name}, update {number + 1}: {row['alarm']}")
                 self._log(stage, reporter, row)
             if asked or last or due or self._is_checkpoint_step(number + 1):
                 self._save(stage)
@@ -159,6 +168,17 @@ class Run:
                 raise Stopped(self.stop.code or 143)
         self._finish_stage(stage)
         return stage
+
+    def _watched_images(self) -> Tensor | None:
+        """Images or clips from the whole range of the held-out part, by which the first rank watches for a collapse."""
+        source = self.test_images or self.train_images
+        if not self.ranks.first:
+            return None
+        if self._watched is None:
+            count = WATCHED if self.config.data.frames == 1 else WATCHED_CLIPS
+            few = dataclasses.replace(source, limit=count, batch_size=count, loader="torch", workers=0, _cache=[])
+            self._watched = next(pixels for pixels, _ in few.batches(torch.device("cpu")))
+        return self._watched.to(self.ranks.device)
 
     def _time_is_up(self, saved: float) -> bool:
         settings = self.config.checkpoint
@@ -194,11 +214,22 @@ class Run:
             images, ids = self.feed.samples(self.config.evaluate.samples)
             path = self.folder / f"samples-{stage.index + 1}.npz"
             write_samples(path, stage, images, ids)
+            self._draw_retrieval(stage)
             self.clock.mark("report")
             self._evaluate(stage.method.student, stage.index + 1, stage.name)
             self._write_json("data_report.json", self.feed.report())
         distributed.barrier(self.ranks)
         self._note_time(f"{stage.index + 1} {stage.name}")
+
+    def _draw_retrieval(self, stage: Stage) -> None:
+        """Nearest images by the stage's features; a picture costs no run."""
+        if not self.config.evaluate.enabled or stage.method.student.grid.frames > 1:
+            return
+        file = self.folder / f"retrieval-{stage.index + 1}.npz"
+        try:
+            write_retrieval(file, stage, self.train_images, self.test_images, device=self.ranks.device)
+        except UserError as error:
+            self.console.say(f"stage {stage.index + 1} {stage.name}: no picture of nearest images: {error}")
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -213,14 +244,18 @@ class Run:
             return
         metrics = tuple(metric for metric in ("knn", "linear") if getattr(settings, metric))
         begin = time.perf_counter()
-        rows = evaluate(
-            student,  # type: ignore[arg-type]
-            self.train_images,
-            self.test_images,
-            metrics=metrics,
-            k=settings.k,
-            temperature=settings.temperature,
-        )
+        try:
+            rows = evaluate(
+                student,  # type: ignore[arg-type]
+                self.train_images,
+                self.test_images,
+                metrics=metrics,
+                k=settings.k,
+                temperature=settings.temperature,
+            )
+        except UserError as error:  # labels or features that will not do cost the evaluation, not the run
+            self.console.say(f"stage {stage} {name}: not evaluated: {error}")
+            return
         update = self.progress["step"]
         place = {"step": update, "stage": stage, "stage_name": name}
         trim_lines(self.folder / "evaluations.jsonl", lambda row: row["stage"] < stage)

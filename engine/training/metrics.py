@@ -13,6 +13,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from cohobate.evaluation import effective_rank
+from cohobate.models import VisionTransformer
+
 # Dense bf16 peak of devices whose data sheet we know, FLOP/s.
 _PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "V100": 125e12}
 
@@ -125,6 +128,49 @@ class Meter:
         values = reduce(torch.cat(means + others)).tolist() if names else []
         self._names, self._sum, self._count, self._latest = (), None, 0, {}
         return dict(zip(names, values))
+
+
+class CollapseWatch:
+    """Looks now and then at what the student makes of a few images that stay the same, and says when it is nothing.
+
+    Healthy networks, trained or not, are far from these limits: rank 5 and more, spread 0.3 and more on the demo.
+
+    Args:
+        student: being trained. images: [n, T, H, W, C] uint8 on its device; 64 are enough for limits this low.
+    """
+
+    RANK = 1.5  # effective rank of the images' features below which they are all but one
+    SPREAD = 0.02  # their standard deviation over images, as a share of their root mean square
+    TARGET = 1e-3  # standard deviation of the raw target over tokens
+
+    def __init__(self, student: VisionTransformer, images: Tensor) -> None:
+        self.student, self.images = student, images
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """``features/rank`` and ``features/spread`` of the mean patch token; waits for the device."""
+        training = self.student.training
+        self.student.eval()
+        features = torch.cat([self.student.features(part).mean for part in self.images.split(16)])
+        self.student.train(training)
+        spread = features.var(dim=0, correction=0).mean().sqrt() / features.square().mean().sqrt().clamp_min(1e-12)
+        if not bool(features.isfinite().all()):
+            return {"features/rank": math.nan, "features/spread": math.nan}
+        return {"features/rank": effective_rank(features), "features/spread": float(spread)}
+
+    @classmethod
+    def alarm(cls, row: dict[str, Any]) -> str | None:
+        """What is wrong with a row of metrics, in words; None if nothing is."""
+        limits = {
+            "features/rank": (cls.RANK, "the student gives all images nearly one feature: effective rank"),
+            "features/spread": (cls.SPREAD, "the student gives all images nearly one feature: relative spread"),
+            "target/std": (cls.TARGET, "the targets are nearly the same for all tokens: standard deviation"),
+        }
+        for key, (limit, what) in limits.items():
+            value = row.get(key)
+            if value is not None and not value >= limit:  # NaN is one, too
+                return f"collapse: {what} {value:.2g}, below {limit:g}"
+        return None
 
 
 class Clock:

@@ -10,19 +10,27 @@ from torch import Tensor
 
 from cohobate.errors import UserError
 from cohobate.training.distributed import Ranks, sum_over_ranks
-from cohobate.training.metrics import Clock, Meter, peak_flops
+from cohobate.training.metrics import Clock, CollapseWatch, Meter, peak_flops
 from cohobate.training.stages import Stage
+
+LOOK_EVERY = 10  # readings from one look for a collapse to the next
 
 
 class Reporter:
     """Metrics of one stage, from update ``stage_step`` on.
 
+    Args:
+        images: [n, T, H, W, C] uint8 on the device, by which the student is watched for a collapse; None for no watch.
+
     Attributes:
         pace: seconds an update, over everything read so far.
     """
 
-    def __init__(self, ranks: Ranks, clock: Clock, meter: Meter, stage: Stage, stage_step: int) -> None:
+    def __init__(
+        self, ranks: Ranks, clock: Clock, meter: Meter, stage: Stage, stage_step: int, images: Tensor | None = None
+    ) -> None:
         self.ranks, self.clock, self.meter, self.stage = ranks, clock, meter, stage
+        self._watch = None if images is None else CollapseWatch(stage.method.student, images)
         self.pace = 0.0
         self._begin = self._last = time.perf_counter()
         self._first_step = self._last_step = stage_step
@@ -30,7 +38,8 @@ class Reporter:
 
     def read(self, stage_step: int, asked: bool, due: bool) -> tuple[dict[str, Any], bool, bool]:
         """Metrics after ``stage_step`` updates, means over ranks; and, the same on every rank, whether one was asked
-        to stop and whether a checkpoint is due by the clock of one.
+        to stop and whether a checkpoint is due by the clock of one. A row whose student or targets have collapsed has
+        an ``alarm``, in words.
 
         Raises:
             UserError: too many updates in a row were skipped because their gradient was not finite.
@@ -46,7 +55,18 @@ class Reporter:
                 f"stages.{self.stage.index}: the gradient was not finite in {streak:.0f} updates in a row "
                 f"(optimizer.max_bad_steps={limit}): expected a lower optimizer.blr, or precision.compute=fp32"
             )
-        return row | self._speed(stage_step), asked, due
+        row |= self._speed(stage_step)
+        if self._watch is not None and self._looks(stage_step):
+            row |= self._watch.look()
+            self.clock.mark("watch")
+        alarm = CollapseWatch.alarm(row)
+        return (row if alarm is None else row | {"alarm": alarm}), asked, due
+
+    def _looks(self, stage_step: int) -> bool:
+        """At a stage's first reading, every tenth and the last: by the step, so a resumed run looks at them, too."""
+        every = self.stage.config.log.every
+        number = stage_step // every
+        return stage_step == self.stage.steps or number == 1 or number % LOOK_EVERY == 0
 
     def _mean(self, vector: Tensor) -> Tensor:
         return sum_over_ranks(self.ranks, vector) / self.ranks.world

@@ -7,12 +7,15 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from cohobate.models import build
+from cohobate.training import train
 from cohobate.training.console import Console, duration
-from cohobate.training.metrics import Clock, JsonLines, Meter, trim_lines
+from cohobate.training.metrics import Clock, CollapseWatch, JsonLines, Meter, trim_lines
 
 ROW = {"loss/total": 0.5, "lr": 1e-3, "perf/samples_s": 1234.5, "perf/data_wait": 0.25}
 
@@ -83,3 +86,47 @@ def test_other_ranks_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
         console.say("nothing")
         console.progress(ROW, stage="", step=1, steps=1, remaining=0)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_healthy_student_raises_no_alarm_and_a_collapsed_one_does() -> None:
+    torch.manual_seed(0)
+    student = build(image_size=16, patch=4, width=24, depth=2, heads=2, drop_path=0.5).train()
+    images = torch.randint(0, 256, (32, 1, 16, 16, 3), dtype=torch.uint8)
+    images //= torch.randint(1, 9, (32, 1, 1, 1, 3), dtype=torch.uint8)  # of different colours
+    watch = CollapseWatch(student, images)
+    row = watch.look()
+    assert watch.alarm(row) is None and row["features/rank"] > 3 and student.training
+    assert watch.look() == row  # without drop path
+    with torch.no_grad():
+        student.patch_embed.proj.weight.zero_()  # what is left is a function of the position alone
+    row = watch.look()
+    assert row["features/rank"] == pytest.approx(1.0, abs=0.01) and row["features/spread"] < 1e-3
+    assert "all images nearly one feature: effective rank 1, below 1.5" in str(watch.alarm(row))
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"features/rank": 9.0, "features/spread": 0.3, "target/std": 0.5}, None),
+        ({"features/rank": 9.0, "features/spread": 0.001}, "relative spread 0.001, below 0.02"),
+        ({"target/std": 1e-5}, "the targets are nearly the same for all tokens: standard deviation 1e-05, below 0.001"),
+        ({"features/rank": math.nan}, "effective rank nan"),
+        ({}, None),
+    ],
+)
+def test_what_counts_as_a_collapse(row: dict[str, float], words: str | None) -> None:
+    alarm = CollapseWatch.alarm(row)
+    assert alarm is None if words is None else words in str(alarm)
+
+
+def test_a_run_says_once_a_stage_that_it_has_collapsed(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every network is a collapsed one to a limit that no rank reaches; the run goes on all the same."""
+    monkeypatch.setattr(CollapseWatch, "RANK", 1e3)
+    _, code = train(tiny.config("collapsed"))
+    rows = [json.loads(line) for line in (tiny.folder / "collapsed" / "metrics.jsonl").read_text().splitlines()]
+    assert code == 0 and [row["step"] for row in rows if "features/rank" in row] == [2, 6, 8, 12]  # first and last
+    assert [row["step"] for row in rows if "alarm" in row] == [2, 6, 8, 12]
+    said = [line for line in capsys.readouterr().err.splitlines() if "collapse: " in line]
+    assert [line.split(":")[0] for line in said] == ["stage 1 mae, update 2", "stage 2 dbot, update 2"]
