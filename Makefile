@@ -12,12 +12,12 @@ LOADER      ?= auto
 CACHE       ?= .cache
 TORCH_INDEX ?=
 ifndef RUN
-RUN         := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+RUN         := runs/$(if $(filter demo-video,$(MAKECMDGOALS)),demo-video,demo)-$(shell date +%Y%m%d-%H%M%S)
 endif
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.cohobate-installed
-EXTRAS  := dev,fast-cpu,eval,hf
+EXTRAS  := dev,fast-cpu,eval,hf,video
 ifeq ($(shell uname -s),Linux)
 EXTRAS  := $(EXTRAS),triton,dali
 endif
@@ -25,7 +25,7 @@ PIP     := $(BIN)/python -m pip install -qq --disable-pip-version-check --progre
 SECONDS = $$(( $$(date +%s) - start ))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint native bench gpu-proof figures clean distclean
+.PHONY: help demo demo-video test lint native bench gpu-proof figures clean distclean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -48,6 +48,11 @@ native: $(STAMP) ## compile the C++ kernels into kernels/
 demo: $(STAMP) native ## train the demo on generated JPEGs and write its report page
 	@$(BIN)/cohobate data make $(CACHE)/demo-images
 	@$(BIN)/cohobate train demo data.root=$(CACHE)/demo-images data.loader=$(LOADER) run=$(RUN)
+
+demo-video: $(STAMP) native ## VideoMAE, then AMD, on generated videos, and a report page
+	@$(BIN)/cohobate data make $(CACHE)/demo-videos --kind video
+	@for part in train test; do $(BIN)/cohobate data shard $(CACHE)/demo-videos $(CACHE)/demo-shards --split $$part || exit; done
+	@$(BIN)/cohobate train demo-video data.root=$(CACHE)/demo-shards data.loader=$(LOADER) run=$(RUN)
 
 test: $(STAMP) native lint ## everything that can be proved here: style, types, tests, Triton's interpreter
 	@echo "tests in Triton's interpreter"

@@ -1,4 +1,4 @@
-"""Images a second from JPEG files to a batch in memory: our loaders beside a plain Pillow DataLoader.
+"""Images or clips a second from files to a batch in memory: our loaders beside a plain Pillow or PyAV DataLoader.
 
 Every loader is a process of its own with the same number of workers. One runs at a time: the others are stopped by
 signals, and slices of a second or two are given out in turns, so that a slow minute of the machine hits all of them.
@@ -32,10 +32,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cohobate import data
-from cohobate.benchmarks import command, harness, timing
+from cohobate.benchmarks import clips, command, harness, timing
 from cohobate.errors import UserError
 
 LOADERS = ("pillow", "torch", "dali-cpu")
+CLIP_LOADERS = ("pyav", "torch", "torch-shards")  # of video files, but for the last, which reads shards of their frames
+BASELINES = ("pillow", "pyav")
 _WARM_S = 0.5  # of every slice, not counted
 _TOLERANCE = 0.01  # mean difference of pixels over their mean: about one level, which rounding twice explains
 
@@ -47,16 +49,23 @@ class Case:
     name: str
     batch_size: int
     size: int
+    frames: int = 1
 
     @property
     def shape(self) -> str:
         """As it is printed."""
-        return f"{self.batch_size} images -> {self.size} px"
+        return f"{self.batch_size} {self.unit}s -> {f'{self.frames} x ' if self.frames > 1 else ''}{self.size} px"
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "clip" if self.frames > 1 else "image"
 
 
 CASES = {
     "photos": Case("data.photos", 64, 224),  # 500 x 375, quality 90: about an ImageNet file
     "tiny": Case("data.tiny", 128, 32),  # the generated set of the demo, 40 x 40
+    "clips": Case("data.clips", 8, 224, clips.FRAMES),  # H.264, 340 x 256, ten seconds: about a Kinetics file
 }
 
 
@@ -212,11 +221,13 @@ def _consume(name: str, source: Path, case: Case, workers: int, count: Any) -> N
     """The child: take batches for ever and count images."""
     os.setsid()
     torch.set_num_threads(1)
-    manifest = data.build_manifest(source)
     batches: Iterator[Any]
-    if name == "pillow":
-        batches = pillow_batches(list(manifest.paths), case, workers)
+    if case.frames > 1:
+        batches = clips.batches(name, source, case.batch_size, case.size, workers)
+    elif name == "pillow":
+        batches = pillow_batches(list(data.build_manifest(source).paths), case, workers)
     else:
+        manifest = data.build_manifest(source)
         options: dict[str, Any] = {"batch_size": case.batch_size, "loader": name, "workers": workers}
         batches = iter(data.open_loader(manifest, plan_for(manifest, case), **options))
     for _ in batches:
@@ -233,14 +244,18 @@ def measure(
     rounds: int = 9,
     environment: Mapping[str, Any] | None = None,
 ) -> list[harness.Row]:
-    """One row a loader; times are milliseconds an image."""
-    manifest = data.build_manifest(source)
+    """One row a loader; times are milliseconds an image or a clip."""
     rows = []
     for name in loaders:
-        role = "eager" if name == "pillow" else "ours" if name == "torch" else "other"
+        role = "eager" if name in BASELINES else "ours" if name == "torch" else "other"
         row = harness.Row(case.name, name, role, f"{workers} workers", "cpu", "uint8", case.shape)
-        row.env, row.tolerance = dict(environment or {}), _TOLERANCE
-        row.max_rel_err = 0.0 if name == "pillow" else difference(manifest, case, name)
+        row.env, row.tolerance = dict(environment or {}), clips.TOLERANCE if case.frames > 1 else _TOLERANCE
+        if name in BASELINES:
+            row.max_rel_err = 0.0
+        elif case.frames > 1:
+            row.max_rel_err = clips.difference(source, name, case.size)
+        else:
+            row.max_rel_err = difference(data.build_manifest(source), case, name)
         rows.append(row)
     runners: list[Runner] = []
     times: list[list[float]] = [[] for _ in loaders]
@@ -262,7 +277,7 @@ def measure(
     for row, own in zip(rows, times):
         row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(own, q) for q in (0.2, 0.5, 0.8))
         row.spread, row.samples = timing.spread([own]), len(own)
-        row.note = f"ms an image; {1e3 / row.p50_ms:.0f} images/s"
+        row.note = f"ms a{'n' if case.unit == 'image' else ''} {case.unit}; {1e3 / row.p50_ms:.0f} {case.unit}s/s"
     base = next((index for index, row in enumerate(rows) if row.role == "eager"), None)
     for row, own in zip(rows, times):
         if base is None or row.role == "eager" or not row.agrees:
@@ -271,18 +286,21 @@ def measure(
         low, middle, high = (timing.quantile(ratios, q) for q in (0.2, 0.5, 0.8))
         if low > 1 or high < 1:
             row.ratio_vs_eager = middle
-        row.note += f"; ratio to pillow within a round {low:.2f} to {high:.2f} (p20, p80), median {middle:.2f}"
+        row.note += (
+            f"; ratio to {rows[base].provider} within a round {low:.2f} to {high:.2f} (p20, p80), median {middle:.2f}"
+        )
     return rows
 
 
 def run(
     *,
-    cases: Sequence[str] = tuple(CASES),
+    cases: Sequence[str] = ("photos", "tiny"),
     loaders: Sequence[str] = LOADERS,
     workers: int = 2,
     seconds: float = 1.5,
     rounds: int = 9,
     photos: int = 400,
+    clips_count: int = 24,
     seed: int = 0,
     environment: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -294,21 +312,25 @@ def run(
     Raises:
         UserError: an unknown case or loader, or one that cannot work here.
     """
-    for name, values, known in (("cases", cases, tuple(CASES)), ("loaders", loaders, LOADERS)):
+    known_loaders = tuple(dict.fromkeys((*LOADERS, *CLIP_LOADERS)))
+    for name, values, known in (("cases", cases, tuple(CASES)), ("loaders", loaders, known_loaders)):
         for value in values:
             if value not in known:
                 raise UserError(f"{name}: expected some of {', '.join(known)}; got {value!r}")
     rows: list[harness.Row] = []
     with tempfile.TemporaryDirectory(prefix="cohobate-bench-") as folder:
         for name in cases:
-            if name == "photos":
+            fitting = CLIP_LOADERS if name == "clips" else LOADERS
+            if name == "clips":
+                source = clips.make(Path(folder) / name, clips_count, seed)
+            elif name == "photos":
                 source = make_photos(Path(folder) / name, photos, seed)
             else:
                 source = data.make_images(Path(folder) / name, train=2048, test=64, seed=seed) / "train.txt"
             rows += measure(
                 CASES[name],
                 source,
-                loaders=loaders,
+                loaders=[loader for loader in loaders if loader in fitting],
                 workers=workers,
                 seconds=seconds,
                 rounds=rounds,
@@ -325,23 +347,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cohobate bench data", description=__doc__)
     command.add_options(parser)
-    parser.add_argument("--cases", default=",".join(CASES), help="some of %(default)s")
-    parser.add_argument("--loaders", default=None, help=f"some of {', '.join(LOADERS)} (default: all that work here)")
+    parser.add_argument("--kind", choices=("image", "video"), default="image")
+    parser.add_argument("--cases", default=None, help=f"some of {', '.join(CASES)} (default: all of the kind)")
+    parser.add_argument(
+        "--loaders", default=None, help="some of pillow, pyav, torch, ... (default: all that work here)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes or threads of each loader (default: 2)")
     parser.add_argument("--rounds", type=int, default=9, help="slices of each loader (default: 9)")
     args = parser.parse_args(argv)
     if args.workers < 1 or args.rounds < 2:
         raise UserError(f"--workers, --rounds: expected at least 1 and 2, got {args.workers} and {args.rounds}")
     reasons = data.why_not_loaders()
-    loaders = args.loaders.split(",") if args.loaders else [name for name in LOADERS if not reasons.get(name)]
+    known = CLIP_LOADERS if args.kind == "video" else LOADERS
+    loaders = args.loaders.split(",") if args.loaders else [name for name in known if not reasons.get(name)]
+    cases = (
+        args.cases.split(",")
+        if args.cases
+        else [n for n, c in CASES.items() if (c.frames > 1) == (args.kind == "video")]
+    )
     setting = command.prepare(args)
     rows = run(
-        cases=args.cases.split(","),
+        cases=cases,
         loaders=loaders,
         workers=args.workers,
         seconds=0.3 if args.quick else args.seconds or 1.5,
         rounds=2 if args.quick else args.rounds,
         photos=100 if args.quick else 400,
+        clips_count=8 if args.quick else 24,
         seed=args.seed,
         environment=setting.environment,
     )

@@ -36,7 +36,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 # Importing these costs time or needs hardware: only inside functions, in the files that are about them.
-LAZY_EVERYWHERE = {"nvidia", "xformers", "flash_attn", "flash_attn_interface", "apex", "amp_C", "timm", "transformers"}
+LAZY_EVERYWHERE = {
+    "nvidia",
+    "xformers",
+    "flash_attn",
+    "flash_attn_interface",
+    "apex",
+    "amp_C",
+    "timm",
+    "transformers",
+    "av",
+}
 
 
 def sources(folder: str) -> list[Path]:

@@ -21,7 +21,7 @@ USAGE = """cohobate: masked distillation pretraining of vision transformers
 
   cohobate train RECIPE [key=value ...]     a run; `cohobate train RECIPE --help` lists every key
   cohobate eval METRIC WEIGHTS DATA         quality on labelled images: knn, linear, attentive, finetune
-  cohobate data make|inspect FOLDER         generate a labelled data set; look at a folder of images
+  cohobate data make|inspect|shard ...      generate labelled images or clips; look at a data set; shards of JPEG frames
   cohobate report RUN                       write the report page of a run
   cohobate viz WEIGHTS IMAGES --out FOLDER  pictures: masks, features, attention, reconstructions, nearest images
   cohobate bench NAME [options]             measured tables: kernels, teacher, features, attention, step, data, quality

@@ -19,6 +19,7 @@ PACKAGES = (
     "nvidia-dali-cuda120",
     "simplejpeg",
     "pillow",
+    "av",
     "safetensors",
     "xformers",
     "flash-attn",

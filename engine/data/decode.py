@@ -61,6 +61,15 @@ def decode(data: bytes, channels: int = 3, orientation: int = 1) -> Pixels:
     return image if orientation == 1 else np.ascontiguousarray(upright(image, orientation))
 
 
+def encode_jpeg(image: Pixels, quality: int) -> bytes:
+    """A baseline JPEG, 4:2:0, of uint8 [H, W, 3]."""
+    if simplejpeg is not None:
+        return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420"))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def _three_or_one(data: bytes) -> bool:
     try:
         return simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray")

@@ -41,7 +41,7 @@ SPLITS = ("train", "test")
 
 _VERSION = 1  # part of the fingerprint: raise it when a change below changes an image
 _QUALITY = 90
-_CHUNK = 256  # images a task of the process pool
+_CHUNK = 128  # files a task of the process pool
 
 
 @dataclass(frozen=True)
@@ -88,24 +88,22 @@ def make_images(
             raise UserError(f"{name}: expected at least 1 image, got {count}")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed: expected 0 to 2^63 - 1, got {seed}")
-    folder = Path(folder)
     fingerprint = {"generator": _VERSION, "variant": variant, "seed": seed, "quality": _QUALITY, **counts}
-    if _holds(folder, fingerprint):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        _write_all(aside, counts, variant, seed, processes or available_cores())
-        (aside / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
-        try:
-            aside.rename(folder)
-        except OSError:  # somebody else finished first; theirs is as good if it is the same
-            if not _holds(folder, fingerprint):
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+    return write_set(
+        Path(folder),
+        fingerprint,
+        counts,
+        label_names=LABEL_NAMES,
+        labels=labels_of,
+        suffix=".jpg",
+        encode=functools.partial(_encode, variant, seed),
+        processes=processes,
+    )
+
+
+def labels_of(index: int) -> tuple[int, int]:
+    """(texture, shape) of an image, positions in ``TEXTURES`` and ``SHAPES``."""
+    return index % len(TEXTURES), index // len(TEXTURES) % len(SHAPES)
 
 
 def draw(variant: str, split: str, index: int, seed: int = 0) -> tuple[NDArray[np.uint8], tuple[int, int]]:
@@ -115,15 +113,15 @@ def draw(variant: str, split: str, index: int, seed: int = 0) -> tuple[NDArray[n
         uint8 [size, size, 3], and (texture, shape), positions in ``TEXTURES`` and ``SHAPES``.
     """
     kind = VARIANTS[variant]
-    labels = (index % len(TEXTURES), index // len(TEXTURES) % len(SHAPES))
+    labels = labels_of(index)
     raw = np.random.Philox(
         key=np.array([seed, list(VARIANTS).index(variant)], dtype=np.uint64),
         counter=np.array([0, SPLITS.index(split), index, 0], dtype=np.uint64),
     )
-    draws = _uniforms(raw)
-    colours = _colours(draws)
+    draws = uniforms(raw)
+    chosen = colours(draws)
     mask = _texture(TEXTURES[labels[0]], kind, draws)
-    ground, figure, mark = (colour[None, None] for colour in colours)
+    ground, figure, mark = (colour[None, None] for colour in chosen)
     image = ground + mask[..., None] * (figure - ground)
     image *= 1 + 0.15 * _slope(kind.size, draws)[..., None]  # light from one side
     shape = _shape(SHAPES[labels[1]], kind.size, draws)
@@ -133,38 +131,72 @@ def draw(variant: str, split: str, index: int, seed: int = 0) -> tuple[NDArray[n
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), labels
 
 
-def _write_all(folder: Path, counts: dict[str, int], variant: str, seed: int, processes: int) -> None:
-    tasks = []
-    for split, count in counts.items():
-        (folder / split).mkdir(parents=True)
-        lines = [f"{name(split, i)} {i % len(TEXTURES)} {i // len(TEXTURES) % len(SHAPES)}\n" for i in range(count)]
-        header = f"# labels: {' '.join(LABEL_NAMES)}\n"
-        (folder / f"{split}.txt").write_text(header + "".join(lines), encoding="utf-8")
-        tasks += [
-            (str(folder), variant, split, seed, begin, min(begin + _CHUNK, count)) for begin in range(0, count, _CHUNK)
-        ]
-    processes = min(processes, len(tasks))
-    if processes > 1 and "fork" in multiprocessing.get_all_start_methods():
-        # Forked, because a spawned process would import the caller's main module again.
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-            list(pool.map(_write_chunk, tasks))
-    else:
-        for task in tasks:
-            _write_chunk(task)
+def _encode(variant: str, seed: int, split: str, index: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(draw(variant, split, index, seed)[0]).save(buffer, "JPEG", quality=_QUALITY)
+    return buffer.getvalue()
 
 
-def _write_chunk(task: tuple[str, str, str, int, int, int]) -> None:
-    folder, variant, split, seed, begin, end = task
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_set(
+    folder: Path,
+    fingerprint: dict[str, Any],
+    counts: dict[str, int],
+    *,
+    label_names: tuple[str, ...],
+    labels: Callable[[int], tuple[int, ...]],
+    suffix: str,
+    encode: Callable[[str, int], bytes],
+    processes: int | None,
+) -> Path:
+    """Write ``encode(split, index)`` to a file for every index below a split's count, and the lists of their labels.
+
+    The folder appears whole, at the end; it is left alone if it is there with the same fingerprint.
+    """
+    if holds(folder, fingerprint):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        chunks = []
+        for split, count in counts.items():
+            (aside / split).mkdir(parents=True)
+            lines = [f"{name(split, i, suffix)} {' '.join(map(str, labels(i)))}\n" for i in range(count)]
+            header = f"# labels: {' '.join(label_names)}\n"
+            (aside / f"{split}.txt").write_text(header + "".join(lines), encoding="utf-8")
+            chunks += [(split, begin, min(begin + _CHUNK, count)) for begin in range(0, count, _CHUNK)]
+        write = functools.partial(_write_chunk, aside, suffix, encode)
+        processes = min(processes or available_cores(), len(chunks))
+        if processes > 1 and "fork" in multiprocessing.get_all_start_methods():
+            # Forked, because a spawned process would import the caller's main module again.
+            with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+                list(pool.map(write, chunks))
+        else:
+            for chunk in chunks:
+                write(chunk)
+        (aside / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
+        try:
+            aside.rename(folder)
+        except OSError:  # somebody else finished first; theirs is as good if it is the same
+            if not holds(folder, fingerprint):
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _write_chunk(folder: Path, suffix: str, encode: Callable[[str, int], bytes], chunk: tuple[str, int, int]) -> None:
+    split, begin, end = chunk
     for index in range(begin, end):
-        buffer = io.BytesIO()
-        Image.fromarray(draw(variant, split, index, seed)[0]).save(buffer, "JPEG", quality=_QUALITY)
-        with open(os.path.join(folder, name(split, index)), "wb") as file:
-            file.write(buffer.getbuffer())
+        (folder / name(split, index, suffix)).write_bytes(encode(split, index))
 
 
-def name(split: str, index: int) -> str:
-    """Path of an image, relative to the set's folder."""
-    return f"{split}/{index:06d}.jpg"
+def name(split: str, index: int, suffix: str) -> str:
+    """Path of a file, relative to the set's folder."""
+    return f"{split}/{index:06d}{suffix}"
 
 
 def available_cores() -> int:
@@ -172,7 +204,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _holds(folder: Path, fingerprint: dict[str, Any]) -> bool:
+def mark_folder(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Make a folder that holds what ``fingerprint`` says, or go on with it.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not holds(folder, fingerprint):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
+
+
+def holds(folder: Path, fingerprint: dict[str, Any]) -> bool:
     """True if the folder is this very set, False if it is new or empty.
 
     Raises:
@@ -199,20 +242,20 @@ def _holds(folder: Path, fingerprint: dict[str, Any]) -> bool:
 # -- the picture -------------------------------------------------------------------------------------------------------
 
 
-def _uniforms(raw: np.random.Philox) -> Iterator[float]:
+def uniforms(raw: np.random.Philox) -> Iterator[float]:
     """64 uniforms in [0, 1) from raw 64-bit words: numpy promises that these bits never change."""
     return iter(((raw.random_raw(64) >> np.uint64(11)) * 2.0**-53).tolist())
 
 
-def _between(draws: Iterator[float], low: float, high: float) -> float:
+def between(draws: Iterator[float], low: float, high: float) -> float:
     return low + (high - low) * next(draws)
 
 
-def _colours(draws: Iterator[float]) -> tuple[Array, Array, Array]:
+def colours(draws: Iterator[float]) -> tuple[Array, Array, Array]:
     """Ground, figure and shape colour, float32 [3] in 0..1: random, but never too close to be told apart."""
 
     def colour() -> Array:
-        return np.array([_between(draws, 0.05, 0.95) for _ in range(3)], dtype=np.float32)
+        return np.array([between(draws, 0.05, 0.95) for _ in range(3)], dtype=np.float32)
 
     def apart(others: list[Array]) -> Array:
         # Of four candidates the one farthest from the nearest of the others: no loop of unknown length.
@@ -224,15 +267,15 @@ def _colours(draws: Iterator[float]) -> tuple[Array, Array, Array]:
 
 
 @functools.lru_cache(maxsize=4)
-def _grid(size: int) -> tuple[Array, Array]:
+def grid(size: int) -> tuple[Array, Array]:
     """Coordinates of pixel centres, -0.5 to 0.5, as a row and a column."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5).astype(np.float32)
     return axis[:, None], axis[None, :]
 
 
 def _slope(size: int, draws: Iterator[float]) -> Array:
-    y, x = _grid(size)
-    angle = _between(draws, 0, 2 * math.pi)
+    y, x = grid(size)
+    angle = between(draws, 0, 2 * math.pi)
     return math.sin(angle) * y + math.cos(angle) * x
 
 
@@ -242,11 +285,11 @@ def _texture(family: str, kind: Variant, draws: Iterator[float]) -> Array:
     The family's height field is cut at its own quantile, drawn from one distribution for all families: each covers the
     same share of the image.
     """
-    y, x = _grid(kind.size)
-    tilt = _between(draws, -0.21, 0.21)  # 12 degrees
-    periods = math.exp(_between(draws, math.log(kind.periods[0]), math.log(kind.periods[1])))
-    phase, phase2 = _between(draws, 0, 2 * math.pi), _between(draws, 0, 2 * math.pi)
-    share = _between(draws, 0.3, 0.42)
+    y, x = grid(kind.size)
+    tilt = between(draws, -0.21, 0.21)  # 12 degrees
+    periods = math.exp(between(draws, math.log(kind.periods[0]), math.log(kind.periods[1])))
+    phase, phase2 = between(draws, 0, 2 * math.pi), between(draws, 0, 2 * math.pi)
+    share = between(draws, 0.3, 0.42)
     height = FIELDS[family](x, y, tilt, 2 * math.pi * periods, phase, phase2, draws)
     cut = int((1 - share) * height.size)
     level = np.partition(height.ravel(), cut)[cut]
@@ -284,7 +327,7 @@ def _dots(x: Array, y: Array, tilt: float, k: float, p: float, q: float, draws: 
 
 
 def _rings(x: Array, y: Array, tilt: float, k: float, p: float, q: float, draws: Iterator[float]) -> Array:
-    cx, cy = _between(draws, -0.3, 0.3), _between(draws, -0.3, 0.3)
+    cx, cy = between(draws, -0.3, 0.3), between(draws, -0.3, 0.3)
     return np.cos(k * np.hypot(x - cx, y - cy) + p)
 
 
@@ -317,10 +360,10 @@ FIELDS: dict[str, Callable[..., Array]] = {
 
 def _shape(kind: str, size: int, draws: Iterator[float]) -> Array:
     """Cover of the small shape, float32 [size, size] in 0..1: random place, size and turn of up to 15 degrees."""
-    y, x = _grid(size)
-    radius = _between(draws, 0.13, 0.18)  # of a disc with the same area, in image widths
-    cy, cx = _between(draws, -0.28, 0.28), _between(draws, -0.28, 0.28)
-    u, v = _rotate(x - cx, y - cy, _between(draws, -0.26, 0.26))
+    y, x = grid(size)
+    radius = between(draws, 0.13, 0.18)  # of a disc with the same area, in image widths
+    cy, cx = between(draws, -0.28, 0.28), between(draws, -0.28, 0.28)
+    u, v = _rotate(x - cx, y - cy, between(draws, -0.26, 0.26))
     scale = radius * _unit(kind)
     inside = OUTLINES[kind](u / scale, v / scale)
     return np.clip(inside * scale * size + 0.5, 0, 1)

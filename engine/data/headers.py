@@ -13,11 +13,13 @@ REASONS = {
     "missing": "no such file",
     "unreadable": "the file cannot be opened or read",
     "empty": "the file has no bytes",
-    "unknown": "the bytes are of no image format known here",
+    "unknown": "the bytes are of no image or video format known here",
     "truncated": "the end of the file is missing",
     "corrupt": "the bytes cannot be decoded",
     "too_large": "more pixels than max_pixels",
-    "unsupported": "a pixel format with no meaning as colour (float, CIELAB, ...)",
+    "no_video": "no moving pictures: an image, or only sound",
+    "no_frames": "a folder without images",
+    "unsupported": "a pixel format with no meaning as colour (float, CIELAB, ...), or a video without times or decoder",
     "changed": "the size is not what it was when the manifest was made",
 }
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for decompression bombs: 1 GB of 24-bit RGB / 4 / 3
@@ -25,7 +27,7 @@ TAIL = 64  # bytes at the end in which a whole JPEG or PNG has its end marker; w
 
 
 class BadImage(Exception):
-    """An image that cannot be used; ``reason`` is one of ``REASONS``."""
+    """An image or video that cannot be used; ``reason`` is one of ``REASONS``."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(REASONS[reason])
@@ -95,6 +97,15 @@ def read_header(data: bytes, tail: bytes, size: int) -> Header:
     if len(data) < size:
         raise NeedMore
     return _other(kind, data, tail, size)
+
+
+def is_plain_jpeg(data: bytes, size: tuple[int, int]) -> bool:
+    """Whether a whole file is a JPEG that every decoder reads alike, of this (height, width)."""
+    try:
+        header = read_header(data, data[-TAIL:], len(data))
+    except BadImage:
+        return False  # the plain decoder says what is wrong, the same whoever asks
+    return header.plain_jpeg and header.complete and header.upright == size
 
 
 class NeedMore(Exception):

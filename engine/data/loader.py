@@ -16,6 +16,9 @@ from cohobate.data.manifest import Manifest
 from cohobate.data.plan import SamplePlan
 from cohobate.data.reading import Reader, Rows
 from cohobate.data.torch_executor import TorchExecutor
+from cohobate.data.video.manifest import VideoManifest
+from cohobate.data.video.plan import ClipPlan
+from cohobate.data.video.reading import ClipReader
 from cohobate.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class Loader:
     Attributes:
         name: the executor, "torch", "dali-cpu" or "dali-gpu". why: why it was chosen.
         steps_per_epoch: batches of an epoch. step: the next one, counted from the first epoch's first.
-        counters: batches and samples handed out; ``substituted`` samples; and a count a reason for images that could
+        counters: batches and samples handed out; ``substituted`` files; and a count a reason for files that could
             not be read (each time it was tried).
         data_wait_s: seconds spent waiting for a batch, in all.
     """
@@ -59,6 +62,7 @@ class Loader:
         why: str,
     ) -> None:
         self.name, self.why, self.step = name, why, start
+        self._unit = manifest.UNIT
         self.steps_per_epoch = plan.steps_per_epoch(global_batch)
         self.counters: Counter[str] = Counter(batches=0, samples=0, substituted=0)
         self.data_wait_s = 0.0
@@ -92,8 +96,10 @@ class Loader:
     def _fetch(self) -> tuple[Batch, Rows]:
         rows = next(self._executor)
         ids = torch.from_numpy(rows.ids)
-        pixels = torch.as_tensor(rows.pixels).unsqueeze(1)
-        batch = Batch(pixels, ids, torch.from_numpy(rows.valid), None if self._labels is None else self._labels[ids])
+        pixels = torch.as_tensor(rows.pixels)
+        pixels = pixels if pixels.ndim == 5 else pixels.unsqueeze(1)
+        batch = Batch(pixels, ids, torch.from_numpy(rows.valid), views=self._plan.views)
+        batch.labels = None if self._labels is None else self._labels[batch.places]
         if self._stream is not None:
             batch.sample_ids, batch.valid = batch.sample_ids.pin_memory(), batch.valid.pin_memory()
             batch.labels = None if batch.labels is None else batch.labels.pin_memory()
@@ -124,11 +130,11 @@ class Loader:
         if len(self._bad) > self._limit:
             share = len(self._bad) / self._plan.count
             raise UserError(
-                f"max_bad: {len(self._bad)} of {self._plan.count} images ({share:.1%}) could not be read, more than "
-                f"max_bad={self._max_bad:g} allows; {self._examples()}"
+                f"max_bad: {len(self._bad)} of {self._plan.count} {self._unit}s ({share:.1%}) could not be read, more "
+                f"than max_bad={self._max_bad:g} allows; {self._examples()}"
             )
-        if failed.issuperset(rows.ids.tolist()):
-            raise UserError(f"data: not one image of step {self.step - 1} could be read; {self._examples()}")
+        if failed.issuperset((rows.ids // self._plan.views).tolist()):
+            raise UserError(f"data: not one {self._unit} of step {self.step - 1} could be read; {self._examples()}")
 
     def _examples(self) -> str:
         return "such as " + ", ".join(f"{path} ({reason})" for path, reason in self.bad_files()[:3])
@@ -154,7 +160,7 @@ class Loader:
         return {
             "loader": self.name,
             "why": self.why,
-            "images": len(self._manifest),
+            f"{self._unit}s": len(self._manifest),
             "left_out": dict(left_out),
             "counters": dict(self.counters),
             "data_wait_s": round(self.data_wait_s, 3),
@@ -206,8 +212,10 @@ def open_loader(
     up with rows that are not ``valid``.
 
     Args:
-        batch_size: samples a rank takes at a step; a step has ``batch_size * world_size`` of them, and which they are
-            does not depend on the number of ranks, workers, or the executor.
+        manifest, plan: a ``Manifest`` with a ``SamplePlan`` (images), or a ``VideoManifest`` with a ``ClipPlan``.
+        batch_size: samples a rank takes at a step, counting every view of a video; a step has
+            ``batch_size * world_size`` of them, and which they are does not depend on the number of ranks, workers, or
+            the executor.
         loader: "torch"; "dali-gpu" (decodes on the GPU); "dali-cpu" (the same DALI graph without one); "auto": dali-gpu
             if ``device`` is a GPU and DALI works there, else torch.
         workers: processes ("torch"; 0: decode in this one) or threads (DALI).
@@ -231,15 +239,17 @@ def open_loader(
     for name, (right, expected, got) in checks.items():
         if not right:
             raise UserError(f"{name}: expected {expected}, got {got!r}")
+    unit, views = manifest.UNIT, plan.views
     if plan.count != len(manifest):
-        raise UserError(f"plan: expected one of the manifest's {len(manifest)} images, got count={plan.count}")
+        raise UserError(f"plan: expected one of the manifest's {len(manifest)} {unit}s, got count={plan.count}")
+    if batch_size % views:
+        raise UserError(f"batch_size: expected a multiple of the plan's {views} views of a {unit}, got {batch_size}")
     global_batch = batch_size * world_size
-    if plan.train and global_batch > plan.count:
-        raise UserError(
-            f"batch_size: expected at most {plan.count} images a step, as many as there are, got {global_batch}"
-        )
-    name, why = choose(loader, device)
-    reader = Reader(manifest, plan, batch_size, rank, world_size, channels)
+    if plan.train and global_batch > plan.count * views:
+        many = f"{plan.count} {unit}s" if views == 1 else f"{plan.count} {unit}s x {views} views"
+        raise UserError(f"batch_size: expected at most {many} a step, as many as there are, got {global_batch}")
+    reader = _reader(manifest, plan, batch_size, rank, world_size, channels)
+    name, why = choose(loader, device, reader)
     stop = None if plan.train else plan.steps_per_epoch(global_batch)
     executor: Executor
     if name == "torch":
@@ -272,42 +282,55 @@ def load_all(
     batch_size: int = 64,
     max_bad: float = 0.01,
 ) -> Batch:
-    """Every image at once, in the manifest's order, on the CPU: for evaluation on sets that fit into memory.
+    """Everything at once, in the manifest's order, on the CPU: for evaluation on sets that fit into memory.
 
     Args:
         plan: with ``train=False``.
 
     Returns:
-        A batch of all N samples; an image that could not be read is not ``valid``.
+        A batch of all N samples (of videos, N times the plan's views); one that could not be read is not ``valid``.
 
     Raises:
         UserError: as :func:`open_loader`, or a plan with random crops.
     """
     if plan.train:
         raise UserError("plan: expected train=False (every image once, no random crops), got train=True")
+    views = plan.views
+    batch_size = max(batch_size // views, 1) * views
     parts: list[Batch] = []
     with open_loader(
         manifest, plan, batch_size=batch_size, loader="torch", workers=workers, channels=channels, max_bad=max_bad
     ) as loader:
         parts.extend(loader)
-    count = len(manifest)
+    count = len(manifest) * views
     labels = [part.labels for part in parts if part.labels is not None]
     return Batch(
         torch.cat([part.pixels for part in parts])[:count],
         torch.cat([part.sample_ids for part in parts])[:count],
         torch.cat([part.valid for part in parts])[:count],
         torch.cat(labels)[:count] if labels else None,
+        views,
     )
 
 
-def choose(loader: str, device: torch.device) -> tuple[str, str]:
+def _reader(manifest: Manifest, plan: SamplePlan, batch_size: int, rank: int, world_size: int, channels: int) -> Reader:
+    """The reader for this kind of manifest."""
+    if isinstance(manifest, VideoManifest) and isinstance(plan, ClipPlan):
+        return ClipReader(manifest, plan, batch_size, rank, world_size, channels)
+    if isinstance(manifest, VideoManifest) or isinstance(plan, ClipPlan):
+        expected = "ClipPlan, for the manifest is of videos" if manifest.UNIT == "video" else "SamplePlan, for images"
+        raise UserError(f"plan: expected a {expected}, got a {type(plan).__name__}")
+    return Reader(manifest, plan, batch_size, rank, world_size, channels)
+
+
+def choose(loader: str, device: torch.device, reader: Reader | None = None) -> tuple[str, str]:
     """(executor, why) for a request.
 
     Raises:
         UserError: asked for by name, but it cannot work here.
     """
     if loader != "auto":
-        reasons = why_not(loader, device)
+        reasons = why_not(loader, device, reader)
         if reasons:
             raise UserError(f"loader: {loader!r} cannot be used: {'; '.join(reasons)}")
         return loader, "asked for"
@@ -315,18 +338,20 @@ def choose(loader: str, device: torch.device) -> tuple[str, str]:
         why = "no GPU: DALI's CPU operators are slower than simplejpeg and torch"
         log.debug("loader: torch (%s)", why)
         return "torch", why
-    reasons = why_not("dali-gpu", device)
+    reasons = why_not("dali-gpu", device, reader)
     name = "torch" if reasons else "dali-gpu"
     why = "; ".join(reasons) if reasons else "DALI decodes on this GPU"
     log.info("loader: %s (%s)", name, why)
     return name, why
 
 
-def why_not(loader: str, device: torch.device) -> list[str]:
-    """Reasons why an executor cannot serve a device; none if it can."""
+def why_not(loader: str, device: torch.device, reader: Reader | None = None) -> list[str]:
+    """Reasons why an executor cannot serve a device, or what a reader reads; none if it can."""
     if loader == "torch":
         return []
     reasons = [] if _dali_installed() else ["DALI is not installed (pip install nvidia-dali-cuda130)"]
+    if reader is not None:
+        reasons += reader.why_not_dali(gpu=loader == "dali-gpu")
     if loader == "dali-gpu":
         if device.type != "cuda":
             reasons.append(f"it decodes on a GPU, but the device is {device}")
@@ -335,7 +360,7 @@ def why_not(loader: str, device: torch.device) -> list[str]:
         if not reasons:
             from cohobate.data.dali_executor import probe
 
-            failure = probe(device.index or 0)
+            failure = probe(device.index or 0, video=reader is not None and reader.dali_video)
             reasons = [failure] if failure else []
     return reasons
 

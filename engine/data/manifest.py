@@ -8,11 +8,11 @@ import os
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ EXTENSIONS = frozenset(
     )
 )
 SPLIT_FOLDERS = frozenset(("train", "val", "valid", "validation", "test"))
-_FORMAT = 1  # of the saved file
+_FORMAT = 2  # of the saved file
 _HEAD = 1 << 16
 _CHUNK = 256
 
@@ -93,6 +93,16 @@ class Manifest:
         hash: of the relative paths, sizes, orientations and labels: equal for a copy of the data set elsewhere.
     """
 
+    UNIT: ClassVar[str] = "image"  # what a file is called in messages
+    ARRAYS: ClassVar[dict[str, Any]] = {
+        "heights": np.int32,
+        "widths": np.int32,
+        "orientations": np.uint8,
+        "plain_jpeg": np.bool_,
+    }
+    HASHED: ClassVar[tuple[str, ...]] = ("heights", "widths", "orientations")
+    TEXTS: ClassVar[tuple[str, ...]] = ("label_names", "class_names")
+
     paths: Paths
     heights: NDArray[np.int32]
     widths: NDArray[np.int32]
@@ -106,7 +116,7 @@ class Manifest:
     hash: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("heights", "widths", "orientations", "plain_jpeg", "labels"):
+        for name in (*self.ARRAYS, "labels"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.paths):
                 raise ValueError(f"{name}: expected one of each of {len(self.paths)} paths, got {len(value)}")
@@ -117,25 +127,28 @@ class Manifest:
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        arrays: list[NDArray[Any]] = [self.paths.text, self.paths.ends, self.heights, self.widths, self.orientations]
+        arrays: list[NDArray[Any]] = [self.paths.text, self.paths.ends, *(getattr(self, name) for name in self.HASHED)]
         for array in arrays if self.labels is None else [*arrays, self.labels]:
             digest.update(str(array.shape).encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def subset(self, places: Sequence[int] | NDArray[np.int64]) -> Manifest:
+    def subset(self: Kind, places: Sequence[int] | NDArray[np.int64]) -> Kind:
         """The samples at ``places``, in that order; what was left out is not repeated."""
         chosen = np.asarray(places, dtype=np.int64)
-        return Manifest(
-            Paths(self.paths.root, [self.paths.relative(int(place)) for place in chosen]),
-            self.heights[chosen],
-            self.widths[chosen],
-            self.orientations[chosen],
-            self.plain_jpeg[chosen],
-            None if self.labels is None else self.labels[chosen],
-            self.label_names,
-            self.class_names,
-        )
+        paths = Paths(self.paths.root, [self.paths.relative(int(place)) for place in chosen])
+        arrays: dict[str, Any] = {name: getattr(self, name)[chosen] for name in self.ARRAYS}
+        labels = None if self.labels is None else self.labels[chosen]
+        return type(self)(paths, **arrays, labels=labels, **{name: getattr(self, name) for name in self.TEXTS})
+
+    @classmethod
+    def columns(cls, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Arrays of what was found in each file."""
+        return {name: np.array([row[name] for row in rows], dtype=kind) for name, kind in cls.ARRAYS.items()}
+
+    def details(self) -> list[str]:
+        """Lines of :func:`describe`."""
+        return [f"JPEG        {int(self.plain_jpeg.sum())} of {len(self)} can be decoded by DALI"]
 
     def save(self, path: str | os.PathLike[str], key: str = "") -> None:
         """Write to one ``.npz`` file, aside and renamed. ``key``: kept beside it, see :func:`build_manifest`."""
@@ -143,14 +156,14 @@ class Manifest:
         target.parent.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": _FORMAT,
+            "unit": self.UNIT,
             "key": key,
             "root": self.paths.root,
-            "label_names": self.label_names,
-            "class_names": self.class_names,
             "quarantine": self.quarantine,
             "ignored": self.ignored,
+            **{name: getattr(self, name) for name in self.TEXTS},
         }
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in self.ARRAYS}
         if self.labels is not None:
             arrays["labels"] = self.labels
         aside = target.parent / f".{target.name}.{os.getpid()}.{threading.get_ident()}"
@@ -160,34 +173,35 @@ class Manifest:
         os.replace(aside, target)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Manifest:
+    def load(cls: type[Kind], path: str | os.PathLike[str]) -> Kind:
         """Read what :meth:`save` wrote.
 
         Raises:
             UserError: no such file, or not a manifest.
         """
-        return _load(path)[0]
+        return _load(cls, path)[0]
 
 
-_ARRAYS = ("heights", "widths", "orientations", "plain_jpeg")
+Kind = TypeVar("Kind", bound=Manifest)
+Inspected = Mapping[str, Any] | str  # a file's value for each of a manifest's arrays, or the reason why it has none
 
 
-def _load(path: str | os.PathLike[str]) -> tuple[Manifest, str]:
+def _load(kind: type[Kind], path: str | os.PathLike[str]) -> tuple[Kind, str]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             meta = json.loads(stored["meta"].tobytes())
-            if meta["format"] != _FORMAT:
-                raise ValueError(f"format {meta['format']}")
+            if (meta["format"], meta["unit"]) != (_FORMAT, kind.UNIT):
+                raise ValueError(f"format {meta['format']} of {meta.get('unit')}s")
             paths = Paths(meta["root"])
             paths.text, paths.ends = stored["text"], stored["ends"]
-            manifest = Manifest(
+            rest: dict[str, Any] = {name: tuple(meta[name]) for name in kind.TEXTS}
+            manifest = kind(
                 paths,
-                **{name: stored[name] for name in _ARRAYS},
+                **{name: stored[name] for name in kind.ARRAYS},
                 labels=stored.get("labels"),
-                label_names=tuple(meta["label_names"]),
-                class_names=tuple(meta["class_names"]),
                 quarantine=tuple((path, reason) for path, reason in meta["quarantine"]),
                 ignored=meta["ignored"],
+                **rest,
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"manifest: expected a saved manifest, got {path} ({error})") from None
@@ -221,63 +235,97 @@ def build_manifest(
     Raises:
         UserError: nothing there, or no usable image in it.
     """
-    place = _place(Path(source), split)
-    ignored = 0
-    labels: NDArray[np.int64] | None = None
-    label_names: tuple[str, ...] = ()
-    if place.is_dir():
-        root = place
-        names, ignored = _walk(place)
-        if not names:
-            seen = f"{ignored} files, but none named like an image" if ignored else "an empty folder"
-            raise UserError(f"source: expected images in {place}, found {seen}")
-    else:
-        root = place.parent
-        names, labels, label_names = _read_list(place)
-    root = Path(os.path.abspath(root))
-    workers = ThreadPoolExecutor(threads or 16, thread_name_prefix="manifest")
-    with workers:
+    found = find(source, split, _walk, "image")
+    return inspect_all(
+        found,
+        Manifest,
+        lambda name: inspect_image(found.root, name, verify, max_pixels),
+        cache=cache,
+        asked=f"{verify} {max_pixels}",
+        threads=threads or 16,
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files that may be samples: ``names`` below ``root``, and what a list says about them."""
+
+    place: Path
+    root: Path
+    names: list[str]
+    labels: NDArray[np.int64] | None
+    label_names: tuple[str, ...]
+    ignored: int
+
+
+def find(
+    source: str | os.PathLike[str], split: str | None, walk: Callable[[Path], tuple[list[str], int]], unit: str
+) -> Found:
+    """The candidates in a folder, or in a list. ``walk(folder)`` gives names, and how many other files there are."""
+    place = _place(Path(source), split, unit)
+    if not place.is_dir() and place.suffix != ".frames":
+        names, labels, label_names = _read_list(place, unit)
+        return Found(place, Path(os.path.abspath(place.parent)), names, labels, label_names, 0)
+    if not place.is_dir():  # one shard
+        return Found(place, Path(os.path.abspath(place.parent)), [place.name], None, (), 0)
+    names, ignored = walk(place)
+    if not names:
+        article = "an" if unit == "image" else "a"
+        seen = f"{ignored} files, but none named like {article} {unit}" if ignored else "an empty folder"
+        raise UserError(f"source: expected {unit}s in {place}, found {seen}")
+    return Found(place, Path(os.path.abspath(place)), names, None, (), ignored)
+
+
+def inspect_all(
+    found: Found,
+    kind: type[Kind],
+    inspect: Callable[[str], Inspected],
+    *,
+    cache: str | os.PathLike[str] | None,
+    asked: str,
+    threads: int,
+) -> Kind:
+    """The manifest of what was found. ``inspect(name)`` looks into a file; ``asked``: what the cache depends on."""
+    root, names, labels = found.root, found.names, found.labels
+    with ThreadPoolExecutor(threads, thread_name_prefix="manifest") as workers:
         key = ""
         if cache is not None:
-            key = _key(workers, root, names, labels, label_names, verify, max_pixels)
+            key = _key(workers, found, asked)
             if Path(cache).is_file():
-                found = _cached(cache, key, root)
-                if found is not None:
-                    return found
-        inspected = list(_in_chunks(workers, lambda name: _inspect(root, name, verify, max_pixels), names))
+                stored = _cached(kind, cache, key, root)
+                if stored is not None:
+                    return stored
+        inspected = list(_in_chunks(workers, inspect, names))
     good = [index for index, entry in enumerate(inspected) if not isinstance(entry, str)]
     quarantine = tuple(
         (os.path.join(root, name), entry) for name, entry in zip(names, inspected) if isinstance(entry, str)
     )
     if not good:
         counts = ", ".join(f"{count} {reason}" for reason, count in Counter(r for _, r in quarantine).most_common())
-        raise UserError(f"source: no usable image in {place} ({counts}; first: {quarantine[0][0]})")
+        raise UserError(f"source: no usable {kind.UNIT} in {found.place} ({counts}; first: {quarantine[0][0]})")
     class_names: tuple[str, ...] = ()
+    label_names = found.label_names
     kept = [names[index] for index in good]
     if labels is not None:
         labels = labels[good]
-    elif place.is_dir():
+    elif found.place.is_dir():
         labels, class_names = _folder_labels(kept)
         label_names = ("class",) if labels is not None else ()
-    table = np.array([inspected[index] for index in good], dtype=np.int32).reshape(-1, 4)
-    manifest = Manifest(
+    manifest = kind(
         Paths(str(root), kept),
-        np.ascontiguousarray(table[:, 0]),
-        np.ascontiguousarray(table[:, 1]),
-        table[:, 2].astype(np.uint8),
-        table[:, 3].astype(bool),
-        labels,
-        label_names,
-        class_names,
-        quarantine,
-        ignored,
+        **kind.columns([inspected[index] for index in good]),
+        labels=labels,
+        label_names=label_names,
+        class_names=class_names,
+        quarantine=quarantine,
+        ignored=found.ignored,
     )
     if cache is not None:
         manifest.save(cache, key)
     return manifest
 
 
-def _place(source: Path, split: str | None) -> Path:
+def _place(source: Path, split: str | None, unit: str) -> Path:
     if split is not None:
         if not source.is_dir():
             raise UserError(f"source: expected a folder with {split}.txt or {split}/, got {source}")
@@ -286,14 +334,12 @@ def _place(source: Path, split: str | None) -> Path:
                 return candidate
         raise UserError(f"split: expected {split}.txt or {split}/ in {source}, found neither")
     if not source.exists():
-        raise UserError(f"source: expected a folder of images or a file that lists them, got {source} (nothing there)")
+        raise UserError(f"source: expected a folder of {unit}s or a file that lists them, got {source} (nothing there)")
     return source
 
 
-def _walk(root: Path) -> tuple[list[str], int]:
-    """Relative paths of files named like images (or with no extension), sorted; and how many others there are."""
-    names: list[str] = []
-    ignored = 0
+def files_below(root: Path) -> Iterator[tuple[str, str]]:
+    """(folder relative to ``root``, "" for itself; file name) of everything not hidden, each real folder once."""
     seen = set()  # real folders, for links that lead back
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -304,24 +350,31 @@ def _walk(root: Path) -> tuple[list[str], int]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(folder, root)
         for name in files:
-            if name.startswith("."):
-                continue
-            extension = os.path.splitext(name)[1][1:].lower()
-            if extension and extension not in EXTENSIONS:
-                ignored += 1
-            else:
-                names.append(name if inside == "." else os.path.join(inside, name))
+            if not name.startswith("."):
+                yield "" if inside == "." else inside, name
+
+
+def _walk(root: Path) -> tuple[list[str], int]:
+    """Relative paths of files named like images (or with no extension), sorted; and how many others there are."""
+    names: list[str] = []
+    ignored = 0
+    for inside, name in files_below(root):
+        extension = os.path.splitext(name)[1][1:].lower()
+        if extension and extension not in EXTENSIONS:
+            ignored += 1
+        else:
+            names.append(os.path.join(inside, name))
     return sorted(names), ignored
 
 
-def _read_list(path: Path) -> tuple[list[str], NDArray[np.int64] | None, tuple[str, ...]]:
+def _read_list(path: Path, unit: str) -> tuple[list[str], NDArray[np.int64] | None, tuple[str, ...]]:
     names: list[str] = []
     labels: list[list[int]] = []
     label_names: tuple[str, ...] = ()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"source: expected a folder or a text file that lists images, got {path}") from None
+        raise UserError(f"source: expected a folder or a text file that lists {unit}s, got {path}") from None
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("#"):
             if line[1:].lstrip().startswith("labels:"):
@@ -376,8 +429,8 @@ def _folder_labels(names: Sequence[str]) -> tuple[NDArray[np.int64] | None, tupl
     return np.array([[number[part[0]]] for part in parts], dtype=np.int64), classes
 
 
-def _inspect(root: Path, name: str, verify: bool, max_pixels: int) -> tuple[int, int, int, int] | str:
-    """(height, width, orientation, plain JPEG) of a usable file, or the reason why it is not."""
+def inspect_image(root: str | os.PathLike[str], name: str, verify: bool, max_pixels: int) -> Inspected:
+    """A manifest's numbers for a usable file, or the reason why it is not."""
     try:
         with open(os.path.join(root, name), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -398,9 +451,16 @@ def _inspect(root: Path, name: str, verify: bool, max_pixels: int) -> tuple[int,
                 if len(data) < size:
                     file.seek(0)
                     data = file.readall()
-                height, width = decode(data, 3, header.orientation).shape[:2]
-                return height, width, header.orientation, int(header.plain_jpeg)
-            return *header.upright, header.orientation, int(header.plain_jpeg)
+                upright = decode(data, 3, header.orientation).shape[:2]
+            else:
+                upright = header.upright
+            height, width = upright
+            return {
+                "heights": height,
+                "widths": width,
+                "orientations": header.orientation,
+                "plain_jpeg": header.plain_jpeg,
+            }
     except BadImage as error:
         return error.reason
     except FileNotFoundError:
@@ -415,54 +475,46 @@ def _in_chunks(pool: ThreadPoolExecutor, function: Any, items: Sequence[str]) ->
         yield from results
 
 
-def _key(
-    pool: ThreadPoolExecutor,
-    root: Path,
-    names: Sequence[str],
-    labels: NDArray[np.int64] | None,
-    label_names: tuple[str, ...],
-    verify: bool,
-    max_pixels: int,
-) -> str:
+def _key(pool: ThreadPoolExecutor, found: Found, asked: str) -> str:
     """Changes when a file's name, size or time does, or what is asked of the files."""
 
     def state(name: str) -> str:
         try:
-            found = os.stat(os.path.join(root, name))
+            about = os.stat(os.path.join(found.root, name))
         except OSError:
             return f"{name}\0-\n"
-        return f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n"
+        return f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n"
 
-    digest = hashlib.blake2b(f"{_FORMAT} {verify} {max_pixels} {label_names}".encode(), digest_size=16)
-    for line in _in_chunks(pool, state, names):
+    digest = hashlib.blake2b(f"{_FORMAT} {asked} {found.label_names}".encode(), digest_size=16)
+    for line in _in_chunks(pool, state, found.names):
         digest.update(line.encode(errors="surrogateescape"))
-    if labels is not None:
-        digest.update(labels.data)
+    if found.labels is not None:
+        digest.update(found.labels.data)
     return digest.hexdigest()
 
 
-def _cached(path: str | os.PathLike[str], key: str, root: Path) -> Manifest | None:
+def _cached(kind: type[Kind], path: str | os.PathLike[str], key: str, root: Path) -> Kind | None:
     try:
-        manifest, stored = _load(path)
+        manifest, stored = _load(kind, path)
     except UserError:
         return None  # damaged or of another version: it is made again
     return manifest if stored == key and manifest.paths.root == str(root) else None
 
 
 def describe(manifest: Manifest) -> str:
-    """A few lines for people: how many images, of which sizes, which labels, what was left out."""
+    """A few lines for people: how many files, of which sizes, which labels, what was left out."""
     heights, widths = manifest.heights, manifest.widths
     lines = [
-        f"images      {len(manifest)}",
+        f"{manifest.UNIT + 's':<12}{len(manifest)}",
         f"hash        {manifest.hash}",
         f"sizes       {_span(widths)} wide, {_span(heights)} high",
-        f"JPEG        {int(manifest.plain_jpeg.sum())} of {len(manifest)} can be decoded by DALI",
+        *manifest.details(),
     ]
     if manifest.labels is not None:
         for kind, name in enumerate(manifest.label_names):
             lines.append(f"label       {name}: {len(np.unique(manifest.labels[:, kind]))} classes")
     if manifest.ignored:
-        lines.append(f"ignored     {manifest.ignored} files not named like images")
+        lines.append(f"ignored     {manifest.ignored} files not named like {manifest.UNIT}s")
     lines.append(f"unusable    {len(manifest.quarantine)}")
     for reason, count in Counter(reason for _, reason in manifest.quarantine).most_common():
         example = next(path for path, why in manifest.quarantine if why == reason)

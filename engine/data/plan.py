@@ -24,7 +24,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _TRIES = 10  # boxes tried before the central one, as in torchvision's RandomResizedCrop
 _ROUNDS = 8
-_ORDER, _CROP = 1, 2  # streams
+ORDER, CROP, CLIP = 1, 2, 3  # streams of random numbers
 
 
 def _mix(bits: Bits) -> Bits:
@@ -139,21 +139,42 @@ class SamplePlan:
         """Of everything that decides what a step reads."""
         return hashlib.blake2b(json.dumps(dataclasses.asdict(self)).encode(), digest_size=16).hexdigest()
 
+    @property
+    def clips(self) -> int:
+        """Parts of a file that are decoded; an image has one."""
+        return 1
+
+    @property
+    def crops_per_clip(self) -> int:
+        """Crops of each part."""
+        return 1
+
+    @property
+    def views(self) -> int:
+        """Samples made of one file, neighbours in a batch: clip 0 with all its crops, then clip 1, ..."""
+        return self.clips * self.crops_per_clip
+
+    def key(self, stream: int, epoch: int) -> int:
+        """Of the random numbers of a stream in an epoch, for :func:`uniforms`."""
+        return _key(self.seed, self.stage, stream, epoch)
+
     def steps_per_epoch(self, global_batch: int) -> int:
         """Batches of an epoch: the incomplete one at the end is dropped in training, and padded otherwise."""
-        return self.count // global_batch if self.train else -(-self.count // global_batch)
+        files = global_batch // self.views
+        return self.count // files if self.train else -(-self.count // files)
 
     def places(
         self, step: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> tuple[int, Ints, NDArray[np.bool_]]:
-        """What a rank reads at a step: (epoch, places in the epoch's order int64 [batch_size], valid bool).
+        """What a rank reads at a step: (epoch, places in the epoch's order int64 [batch_size / views], valid bool).
 
         Ranks take contiguous slices of the global batch. Places that are not valid repeat the last one.
         """
         steps = self.steps_per_epoch(batch_size * world_size)
         epoch, inside = divmod(step, steps)
-        begin = (inside * world_size + rank) * batch_size
-        places = np.arange(begin, begin + batch_size, dtype=np.int64)
+        files = batch_size // self.views
+        begin = (inside * world_size + rank) * files
+        places = np.arange(begin, begin + files, dtype=np.int64)
         valid = places < self.count
         return epoch, np.minimum(places, self.count - 1), valid
 
@@ -161,7 +182,7 @@ class SamplePlan:
         """Samples at these places of an epoch, int64 [n]."""
         if not self.train:
             return places.astype(np.int64)
-        return permute(places, self.count, _key(self.seed, self.stage, _ORDER, epoch))
+        return permute(places, self.count, self.key(ORDER, epoch))
 
     def crops(
         self, epoch: int, ids: Ints, heights: NDArray[np.int32], widths: NDArray[np.int32]
@@ -177,7 +198,7 @@ class SamplePlan:
         h, w = heights.astype(np.float64), widths.astype(np.float64)
         if not self.train:
             return self._central(h, w), np.zeros(len(ids), dtype=bool)
-        draws = uniforms(_key(self.seed, self.stage, _CROP, epoch), ids, 2 * _TRIES + 3)
+        draws = uniforms(self.key(CROP, epoch), ids, 2 * _TRIES + 3)
         area = (h * w)[:, None] * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, :_TRIES])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = np.exp(low + (high - low) * draws[:, _TRIES : 2 * _TRIES])

@@ -1,4 +1,4 @@
-"""The run's images: manifests, the training loader at its place, and the sources that evaluation reads."""
+"""The run's images or clips: manifests, the training loader at its place, and the sources that evaluation reads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from cohobate import data
 from cohobate.config import Config
+from cohobate.config.schema import DataConfig
 from cohobate.errors import UserError
-from cohobate.evaluation import ImageSource, check_same_classes, has_split, held_out_split
+from cohobate.evaluation import ClipSource, ImageSource, check_same_classes, has_split, held_out_split
 from cohobate.training.distributed import Ranks, barrier
 
 
@@ -21,7 +22,7 @@ class Feed:
         config: the run's. ranks: who takes part.
 
     Raises:
-        UserError: no such data, or too few images for one update.
+        UserError: no such data, or too few images or videos for one update.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -32,19 +33,22 @@ class Feed:
         self.test = None if test is None else self._manifest(test)
         if self.test is not None and config.evaluate.enabled:
             check_same_classes(self.train, self.test)
+        repeats = config.data.repeats
         count, update = len(self.train.paths), config.data.batch_size * config.optimizer.accumulate * ranks.world
-        if count < update:
+        if count * repeats < update:
             one = f"{config.data.batch_size} x {config.optimizer.accumulate} accumulated x {ranks.world} ranks"
-            raise UserError(
-                f"data.batch_size: expected an update of at most {count} images, as many as there are, got {one}"
-            )
+            most = f"{count} {self.train.UNIT}s" if repeats == 1 else f"{count} {self.train.UNIT}s x {repeats} repeats"
+            raise UserError(f"data.batch_size: expected an update of at most {most}, as many as there are, got {one}")
         self.loader: Any = None
         self.taken = 0
 
     @property
     def batches_per_epoch(self) -> int:
         """Micro-batches of one rank in an epoch; the tail that fills none is dropped."""
-        return len(self.train.paths) // (self.config.data.batch_size * self.ranks.world)
+        return self._plan().steps_per_epoch(self.config.data.batch_size * self.ranks.world)
+
+    def _plan(self) -> data.SamplePlan:
+        return training_plan(self.config.data, len(self.train.paths), self.config.seed)
 
     def _manifest(self, split: str) -> data.Manifest:
         """The manifest of a split, or of everything where the data set has no parts; kept in the run folder."""
@@ -52,7 +56,8 @@ class Feed:
         named = split if has_split(self.root, split) else None
         if not self.ranks.first:
             barrier(self.ranks)  # the first rank reads the headers, the others its result
-        manifest = data.build_manifest(self.root, split=named, cache=cache)
+        build = data.build_video_manifest if self.config.data.frames > 1 else data.build_manifest
+        manifest = build(self.root, split=named, cache=cache)
         if self.ranks.first:
             barrier(self.ranks)
         return manifest
@@ -60,19 +65,9 @@ class Feed:
     def open(self, taken: int) -> None:
         """Start the loader after ``taken`` micro-batches of this rank."""
         settings = self.config.data
-        plan = data.SamplePlan(
-            count=len(self.train.paths),
-            seed=self.config.seed,
-            image_size=settings.image_size,
-            scale=settings.scale,
-            ratio=settings.ratio,
-            flip=settings.flip,
-            interpolation=settings.interpolation,
-            train=True,
-        )
         self.loader = data.open_loader(
             self.train,
-            plan,
+            self._plan(),
             batch_size=settings.batch_size,
             loader=settings.loader,
             device=str(self.ranks.device),
@@ -103,30 +98,55 @@ class Feed:
             self.loader.close()
 
     def sources(self) -> tuple[ImageSource, ImageSource | None]:
-        """What evaluation reads: the training images uncropped, and the test images if there are any."""
+        """What evaluation reads: the training files, their centres, and the test files if there are any."""
         settings, limits = self.config.data, self.config.evaluate
 
         def source(manifest: data.Manifest, limit: int | None) -> ImageSource:
-            return ImageSource(
-                manifest,
-                settings.image_size,
-                interpolation=settings.interpolation,
-                channels=settings.channels,
-                batch_size=limits.batch_size,
-                loader=settings.loader,
-                workers=settings.workers,
-                limit=limit,
-            )
+            given: dict[str, Any] = {
+                "interpolation": settings.interpolation,
+                "channels": settings.channels,
+                "batch_size": limits.batch_size,
+                "loader": settings.loader,
+                "workers": settings.workers,
+                "limit": limit,
+            }
+            if settings.frames == 1:
+                return ImageSource(manifest, settings.image_size, **given)
+            clips: dict[str, Any] = {key: getattr(settings, key) for key in ("frames", "stride", "sampling")}
+            return ClipSource(manifest, settings.image_size, **given, **clips)
 
         test = None if self.test is None else source(self.test, limits.test_limit)
         return source(self.train, limits.train_limit), test
 
     def samples(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``count`` test images (training images without a test part), [n,T,H,W,C] uint8, and ids to draw masks for."""
+        """``count`` test samples (of training without a test part), [n,T,H,W,C] uint8, and ids to draw masks for."""
         train, test = self.sources()
         source = train if test is None else test
         pixels, places = next(iter(source.batches(self.ranks.device)))
         return pixels[:count], places[:count].to(self.ranks.device)
+
+
+def training_plan(settings: DataConfig, count: int, seed: int) -> data.SamplePlan:
+    """What a training step reads of ``count`` images or videos."""
+    crops: dict[str, Any] = {
+        "image_size": settings.image_size,
+        "scale": settings.scale,
+        "ratio": settings.ratio,
+        "flip": settings.flip,
+        "interpolation": settings.interpolation,
+    }
+    if settings.frames == 1:
+        return data.SamplePlan(count, seed, **crops)
+    return data.ClipPlan(
+        count,
+        seed,
+        **crops,
+        frames=settings.frames,
+        stride=settings.stride,
+        sampling=settings.sampling,
+        crop=settings.crop,
+        repeats=settings.repeats,
+    )
 
 
 def find_data(config: Config, ranks: Ranks) -> str:
@@ -137,11 +157,15 @@ def find_data(config: Config, ranks: Ranks) -> str:
     """
     root, variant = config.data.root, config.data.generate
     if not root:
-        raise UserError("data.root: expected a folder of images or a text file that lists them, got nothing")
+        files = "images" if config.data.frames == 1 else "videos"
+        raise UserError(f"data.root: expected a folder of {files} or a text file that lists them, got nothing")
     if not Path(root).exists():
         if variant is None:
             raise UserError(f"data.root: expected an existing folder or file list, got {root!r}")
         if ranks.first:
-            data.make_images(root, variant=variant)
+            if variant == "video":
+                data.make_videos(root)
+            else:
+                data.make_images(root, variant=variant)
         barrier(ranks)
     return root

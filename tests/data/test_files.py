@@ -232,7 +232,7 @@ def test_cache_is_used_until_a_file_changes(
         raise AssertionError("a header was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_inspect", never)
+        patch.setattr(module, "inspect_image", never)
         again = build_manifest(folder, cache=cache)
         assert again.hash == first.hash and again.quarantine == first.quarantine
         with pytest.raises(AssertionError, match="a header was read"):

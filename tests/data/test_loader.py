@@ -377,9 +377,9 @@ def test_auto_says_why(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> N
     loader.close()
     assert loader.name == "torch" and "no GPU" in loader.why
     cuda = torch.device("cuda")
-    monkeypatch.setattr(module, "why_not", lambda name, device: ["DALI is not installed"])
+    monkeypatch.setattr(module, "why_not", lambda name, device, reader: ["DALI is not installed"])
     assert module.choose("auto", cuda) == ("torch", "DALI is not installed")
-    monkeypatch.setattr(module, "why_not", lambda name, device: [])
+    monkeypatch.setattr(module, "why_not", lambda name, device, reader: [])
     assert module.choose("auto", cuda)[0] == "dali-gpu"
 
 

@@ -1,0 +1,1 @@
+"""Videos: which there are, which frames and boxes a step reads, and how they become pixels."""
