@@ -20,11 +20,12 @@ from cohobate.errors import UserError
 USAGE = """cohobate: masked distillation pretraining of vision transformers
 
   cohobate train RECIPE [key=value ...]     a run; `cohobate train RECIPE --help` lists every key
-  cohobate eval METRIC WEIGHTS DATA         quality on labelled images: knn, linear, attentive, finetune
+  cohobate eval METRIC WEIGHTS DATA         quality on labelled images, videos: knn, linear, attentive, finetune
   cohobate data make|inspect|shard ...      generate labelled images or clips; look at a data set; shards of JPEG frames
   cohobate report RUN                       write the report page of a run
   cohobate viz WEIGHTS IMAGES --out FOLDER  pictures: masks, features, attention, reconstructions, nearest images
   cohobate bench NAME [options]             measured tables: kernels, teacher, features, attention, step, data, quality
+  cohobate plan RECIPE [key=value ...]      GFLOP, memory, hours and decode rate of a run, before it is started
   cohobate convert SOURCE DESTINATION       checkpoints of dBOT, MAE, VideoMAE, AMD, timm, Hugging Face, in and out
   cohobate info                             what works here, and why the rest does not
 
@@ -38,6 +39,7 @@ VERBS = {
     "report": "report",
     "viz": "viz",
     "bench": "bench",
+    "plan": "plan",
     "convert": "convert",
     "info": "info",
 }

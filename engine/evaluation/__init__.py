@@ -1,4 +1,4 @@
-"""How good features are: kNN, linear and attentive probes, effective rank, fine-tuning; and the nearest images."""
+"""How good features are: kNN, linear and attentive probes, effective rank, fine-tuning; and the nearest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from cohobate.evaluation.extractor import Extractor
 from cohobate.evaluation.features import (
+    ClipSource,
     FeatureSet,
     ImageSource,
     check_labels,
@@ -25,6 +26,7 @@ from cohobate.models import VisionTransformer
 __all__ = [
     "RECIPES",
     "Classifier",
+    "ClipSource",
     "Extractor",
     "FeatureSet",
     "FinetuneRecipe",
@@ -58,8 +60,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """One row a (features, label kind, metric): ``features``, ``label``, ``metric``, ``value``, ``effective_rank``.
 
-    Without labels, or without a test part, the only metric is ``effective_rank`` of the training images. Each image is
-    read once, whatever the metrics.
+    Without labels, or without a test part, the only metric is ``effective_rank`` of the training files. Each file is
+    read once, whatever the metrics; features of a video's views are averaged, on both sides.
 
     Args:
         encoder: on the device to compute on; it is left in the mode it came in.

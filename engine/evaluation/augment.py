@@ -4,7 +4,8 @@ Each operation computes what Pillow does, to the rounding, for a batch of sample
 Everything random comes from a generator on the CPU, so that a seed gives the same batches on every device.
 
 RandAugment (Cubuk et al., 2020) is timm's ``rand-m9-mstd0.5-inc1``: two of 15 operations a sample, each carried out
-with chance 0.5, magnitudes N(9, 0.5) of 10, severity rising with the magnitude; resampling is always bilinear.
+with chance 0.5, magnitudes N(9, 0.5) of 10, severity rising with the magnitude; resampling is always bilinear. A clip
+[T, H, W, C] counts as one sample: its frames share operations, levels and boxes.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def rand_augment(
     """``count`` random operations on every image, each carried out with ``chance``.
 
     Args:
-        images: [B, H, W, C] uint8. generator: on the CPU. mean: of pixels / 255, shown where an image moved away.
+        images: [B, (T,) H, W, C] uint8. generator: on the CPU. mean: of pixels / 255, shown where an image moved away.
         magnitude, spread: mean and standard deviation of the magnitude, cut to 0..10.
     """
     batch, names = len(images), list(OPERATIONS)
@@ -235,7 +236,9 @@ def rand_augment(
             if len(places):
                 scale, operation = OPERATIONS[name]
                 at = places.to(images.device)
-                images[at] = operation(images[at], scale(level[places], sign[places]).to(images.device), fill)
+                frames = images[at].flatten(0, -4)
+                levels = scale(level[places], sign[places]).repeat_interleave(len(frames) // len(at))
+                images[at] = operation(frames, levels.to(images.device), fill).view(-1, *images.shape[1:])
     return images
 
 
@@ -247,10 +250,11 @@ def random_erase(
     The box covers 2 % to a third of the image, its sides' ratio is 0.3 to 1/0.3; ten tries to fit one in.
 
     Args:
-        images: [B, H, W, C] uint8; a copy is changed.
+        images: [B, (T,) H, W, C] uint8; a copy is changed. Frames share the box, not the noise.
     """
     images = images.clone()
-    batch, height, width, channels = images.shape
+    batch, (height, width, channels) = len(images), images.shape[-3:]
+    frames = images.shape[1:-3]
     centre, scale = (torch.tensor(values) * 255 for values in (mean, std))
     for place in (torch.rand(batch, generator=generator) < chance).nonzero()[:, 0].tolist():
         for _ in range(10):
@@ -260,8 +264,8 @@ def random_erase(
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < h < height and 0 < w < width:
                 top, left = int(top * (height - h + 1)), int(left * (width - w + 1))
-                noise = torch.randn(h, w, channels, generator=generator) * scale + centre
-                images[place, top : top + h, left : left + w] = (
+                noise = torch.randn(*frames, h, w, channels, generator=generator) * scale + centre
+                images[place, ..., top : top + h, left : left + w, :] = (
                     noise.round().clamp(0, 255).to(images.device, torch.uint8)
                 )
                 break
@@ -277,7 +281,7 @@ def mix(
     complement's share. lam ~ Beta(alpha, alpha), one a batch; targets are mixed with it.
 
     Args:
-        images: [B, H, W, C] uint8. targets: [B, classes] fp32. mixup, cutmix: their alpha; 0 for never.
+        images: [B, (T,) H, W, C] uint8. targets: [B, classes] fp32. mixup, cutmix: their alpha; 0 for never.
     """
     if not mixup and not cutmix:
         return images, targets
@@ -285,7 +289,7 @@ def mix(
     lam = beta(cutmix if by_cut else mixup, generator)
     other = images.flip(0)
     if by_cut:
-        height, width = images.shape[1:3]
+        height, width = images.shape[-3:-1]
         side = math.sqrt(1 - lam)
         middle = torch.rand(2, generator=generator)
         y, x = int(middle[0] * height), int(middle[1] * width)
@@ -293,7 +297,7 @@ def mix(
         top, bottom = max(0, y - h // 2), min(height, y + h // 2)
         left, right = max(0, x - w // 2), min(width, x + w // 2)
         images = images.clone()
-        images[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+        images[..., top:bottom, left:right, :] = other[..., top:bottom, left:right, :]
         lam = 1 - (bottom - top) * (right - left) / (height * width)
     else:
         images = (lam * images.float() + (1 - lam) * other.float()).round().to(torch.uint8)

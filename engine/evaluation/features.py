@@ -1,10 +1,12 @@
-"""Frozen features of labelled images, computed once an evaluation and shared by every metric."""
+"""Frozen features of labelled images or videos, computed once an evaluation and shared by every metric."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from cohobate.errors import UserError
 from cohobate.evaluation.extractor import Extractor
 from cohobate.models import VisionTransformer
 
-_CACHE_BYTES = 1 << 30  # decoded images are kept for the next evaluation up to this size
+_CACHE_BYTES = 1 << 30  # decoded pixels are kept for the next evaluation up to this size
 
 
 def check_same_classes(train: data.Manifest, test: data.Manifest) -> None:
@@ -26,11 +28,11 @@ def check_same_classes(train: data.Manifest, test: data.Manifest) -> None:
 
 
 def check_labels(manifest: data.Manifest, part: str) -> None:
-    """Raise UserError unless every image has labels and, in the training part, each kind at least two classes."""
+    """Raise UserError unless every file has labels and, in the training part, each kind at least two classes."""
     if manifest.labels is None:
         raise UserError(
-            f"labels: expected labelled images in the {part} part (two or more class folders, or a list with labels), "
-            f"got none with a label in {manifest.paths.root!r}"
+            f"labels: expected labelled {manifest.UNIT}s in the {part} part (two or more class folders, or a list with "
+            f"labels), got none with a label in {manifest.paths.root!r}"
         )
     for kind, name in enumerate(manifest.label_names):
         found = manifest.labels[:, kind]
@@ -39,7 +41,7 @@ def check_labels(manifest: data.Manifest, part: str) -> None:
         if part == "train" and found.min() == found.max():
             raise UserError(
                 f"labels: expected two or more classes of {name!r} in the {part} part, got only class {found[0]} "
-                f"for {len(found)} images"
+                f"for {len(found)} {manifest.UNIT}s"
             )
 
 
@@ -48,9 +50,11 @@ class ImageSource:
     """Images of one split, resized and centre-cropped; decoded once if they fit into memory.
 
     Args:
-        manifest: which files. image_size: (height, width). limit: most images, spread evenly over the manifest.
-        centre: share of the central crop's sides, 224/256 by default.
+        manifest: which files. image_size: (height, width). limit: most files, spread evenly over the manifest.
+        batch_size: samples a pass. centre: share of the central crop's sides, 224/256 by default.
     """
+
+    FLIP: ClassVar[float] = 0.5  # of random crops
 
     manifest: data.Manifest
     image_size: tuple[int, int]
@@ -66,7 +70,7 @@ class ImageSource:
     def __post_init__(self) -> None:
         count = len(self.manifest.paths)
         if count == 0:
-            raise UserError("data: expected at least one image to evaluate on, got none")
+            raise UserError(f"data: expected at least one {self.manifest.UNIT} to evaluate on, got none")
         if self.limit is not None and self.limit < count:
             self.manifest = self.manifest.subset([index * count // self.limit for index in range(self.limit)])
 
@@ -75,52 +79,60 @@ class ImageSource:
         """Names of the label kinds; empty without labels."""
         return list(self.manifest.label_names) if self.manifest.labels is not None else []
 
+    def plan(self) -> data.SamplePlan:
+        """What is read to be evaluated: every file once, in order."""
+        return data.SamplePlan(
+            len(self.manifest), 0, self.image_size, interpolation=self.interpolation, train=False, centre=self.centre
+        )
+
+    def random_plan(self, seed: int, flip: float, repeats: int) -> data.SamplePlan:
+        """What supervised training reads: crops of 8 to 100 % of an image, in random order."""
+        if repeats != 1:
+            raise UserError(f"repeats: expected 1 with images, got {repeats}: repeated samples are of videos")
+        return data.SamplePlan(
+            len(self.manifest), seed, self.image_size, scale=(0.08, 1.0), flip=flip, interpolation=self.interpolation
+        )
+
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels uint8 [B,T,H,W,C] on ``device`` and the images' places in the manifest, int64 [B] on the CPU."""
+        """Pixels uint8 [n V, T, H, W, C] on ``device``, a file's V views behind each other, and the files' places in
+        the manifest, int64 [n] on the CPU. An image has one view."""
         if self._cache:
             yield from ((pixels.to(device), places) for pixels, places in self._cache)
             return
-        count = len(self.manifest.paths)
-        height, width = self.image_size
-        keep = count * height * width * self.channels <= _CACHE_BYTES
-        plan = data.SamplePlan(
-            count=count,
-            seed=0,
-            image_size=self.image_size,
-            interpolation=self.interpolation,
-            flip=0.0,
-            train=False,
-            centre=self.centre,
-        )
-        loader = self._open(plan, min(self.batch_size, count), device)
+        plan = self.plan()
+        bytes_each = math.prod(plan.size) * self.channels * (plan.frames if isinstance(plan, data.ClipPlan) else 1)
+        keep = plan.count * plan.views * bytes_each <= _CACHE_BYTES
+        files = min(max(1, self.batch_size // plan.views), plan.count)
         kept: list[tuple[Tensor, Tensor]] = []
-        try:
+        with self._open(plan, files * plan.views, device) as loader:
             for _, batch in zip(range(loader.steps_per_epoch), loader):
-                valid = batch.valid
-                pixels, places = batch.pixels[valid], batch.sample_ids[valid].cpu()
+                valid = batch.valid  # of all views of a file, or of none
+                pixels, places = batch.pixels[valid], batch.places[valid][:: plan.views].cpu()
                 if keep:
                     kept.append((pixels.cpu(), places))
                 yield pixels, places
-        finally:
-            loader.close()
         self._cache = kept
 
-    def crops(self, device: torch.device, *, batch_size: int, seed: int, epoch: int = 0) -> data.Loader:
-        """Randomly cropped and flipped batches without end, in random order, from the first batch of ``epoch`` on.
+    def crops(
+        self,
+        device: torch.device,
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        flip: float | None = None,
+        repeats: int = 1,
+    ) -> data.Loader:
+        """Batches of random crops without end, in random order, from the first batch of ``epoch`` on.
 
-        Crops cover 8 to 100 % of an image, as in supervised training. The caller closes the loader.
+        ``batch_size`` counts crops; a video has ``repeats`` of them, neighbours in a batch. Half of the images are
+        flipped and none of the clips, unless ``flip`` says otherwise. The caller closes the loader.
 
         Raises:
-            UserError: fewer images than a batch has.
+            UserError: fewer images than a batch has, or repeats of images.
         """
-        plan = data.SamplePlan(
-            count=len(self.manifest.paths),
-            seed=seed,
-            image_size=self.image_size,
-            scale=(0.08, 1.0),
-            interpolation=self.interpolation,
-        )
-        return self._open(plan, batch_size, device, start=epoch * (plan.count // batch_size))
+        plan = self.random_plan(seed, self.FLIP if flip is None else flip, repeats)
+        return self._open(plan, batch_size, device, start=epoch * plan.steps_per_epoch(batch_size))
 
     def _open(self, plan: data.SamplePlan, batch_size: int, device: torch.device, start: int = 0) -> data.Loader:
         return data.open_loader(
@@ -135,18 +147,67 @@ class ImageSource:
         )
 
     def split(self, share: float, seed: int) -> tuple[ImageSource, ImageSource]:
-        """(rest, ``share``) of the images, drawn from ``seed``; each in the manifest's order.
+        """(rest, ``share``) of the files, drawn from ``seed``; each in the manifest's order.
 
         Raises:
-            UserError: too few images to take some away.
+            UserError: too few files to take some away.
         """
         count = len(self.manifest.paths)
         if count < 4:
-            raise UserError(f"data: expected at least 4 training images, some of them to choose by, got {count}")
+            raise UserError(
+                f"data: expected at least 4 training {self.manifest.UNIT}s, some of them to choose by, got {count}"
+            )
         taken = max(1, round(share * count))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
         rest, held = np.sort(order[taken:]), np.sort(order[:taken])
         return tuple(replace(self, manifest=self.manifest.subset(p), limit=None, _cache=[]) for p in (rest, held))  # type: ignore[return-value]
+
+
+@dataclass
+class ClipSource(ImageSource):
+    """Clips of videos in place of images: the middle of each, or several clips and crops spread evenly over it.
+
+    Args:
+        frames, stride, sampling, test_views: as in :class:`cohobate.data.ClipPlan`. All views of a video are one pass,
+            however small ``batch_size``.
+        centre: the whole short side by default, as usual with videos.
+    """
+
+    FLIP: ClassVar[float] = 0.0  # a class may be a direction
+
+    interpolation: str = "bilinear"
+    batch_size: int = 16
+    centre: float = 1.0
+    frames: int = 16
+    stride: int = 4
+    sampling: str = "contiguous"
+    test_views: tuple[int, int] = (1, 1)
+
+    @property
+    def short(self) -> int:
+        """How many videos are shorter than a clip; frames of theirs come more than once."""
+        assert isinstance(self.manifest, data.VideoManifest)
+        reach = (self.frames - 1) * (1 if self.sampling == "segments" else self.stride) + 1
+        return int((self.manifest.frames < reach).sum())
+
+    def plan(self) -> data.ClipPlan:
+        """As of images."""
+        return data.ClipPlan(
+            len(self.manifest), 0, self.image_size, interpolation=self.interpolation, train=False, centre=self.centre,
+            frames=self.frames, stride=self.stride, sampling=self.sampling, test_views=self.test_views,
+        )  # fmt: skip
+
+    def random_plan(self, seed: int, flip: float, repeats: int) -> data.ClipPlan:
+        """As of images; a box and a flip hold for all frames of a clip."""
+        return data.ClipPlan(
+            len(self.manifest), seed, self.image_size, scale=(0.08, 1.0), flip=flip, interpolation=self.interpolation,
+            frames=self.frames, stride=self.stride, sampling=self.sampling, crop="random_resized", repeats=repeats,
+        )  # fmt: skip
+
+
+def mean_over_views(values: Tensor, files: int) -> Tensor:
+    """[n V, ...] -> [n, ...]: the mean over the V views of each of n ``files``, which are neighbours."""
+    return values if len(values) == files else values.unflatten(0, (files, -1)).mean(dim=1)
 
 
 def held_out_split(root: str) -> str | None:
@@ -169,7 +230,7 @@ class FeatureSet:
 
 @torch.no_grad()
 def extract(encoder: VisionTransformer | Extractor, source: ImageSource, device: torch.device) -> FeatureSet:
-    """Features of every readable image of ``source``; the images are read once.
+    """Features of every readable file of ``source``, which is read once; those of a video's views are averaged.
 
     Args:
         encoder: on ``device``; an encoder is copied into the frozen runtime and left in the mode it came in.
@@ -183,7 +244,7 @@ def extract(encoder: VisionTransformer | Extractor, source: ImageSource, device:
     for pixels, where in source.batches(device):
         for name, value in extractor(pixels)._asdict().items():
             if value is not None:
-                parts.setdefault(name, []).append(value)
+                parts.setdefault(name, []).append(mean_over_views(value, len(where)))
         places.append(where)
     features = {name: torch.cat(values) for name, values in parts.items()}
     if not all(bool(values.isfinite().all()) for values in features.values()):

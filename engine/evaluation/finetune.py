@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole network on labelled images, with the recipes of MAE and dBOT."""
+"""Fine-tuning: the whole network on labelled images or videos, with the recipes of MAE, dBOT, VideoMAE and AMD."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cohobate.errors import UserError
 from cohobate.evaluation.augment import mix, rand_augment, random_erase, smooth_targets
 from cohobate.evaluation.extractor import check_weights
-from cohobate.evaluation.features import ImageSource, check_labels
+from cohobate.evaluation.features import ImageSource, check_labels, mean_over_views
 from cohobate.kernels import backends
 from cohobate.models import Precision, VisionTransformer
 from cohobate.models.layers import NORM_EPS, DropPath, Norm
@@ -23,12 +23,16 @@ from cohobate.teacher.sources import Source
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """Settings of a fine-tuning; ``blr`` is for 256 images, the rate used is blr x batch / 256.
+    """Settings of a fine-tuning; ``blr`` is for 256 images or videos, the rate used is blr x batch / 256.
 
     ``layer_decay``: factor from a block's rate to that of the block in front. ``erase``: chance of random erasing.
-    ``mixup``, ``cutmix``: alpha, 0 for none. ``magnitude``: of RandAugment, 0 for none. ``smoothing``: of labels.
-    ``clip``: largest gradient norm. ``ema``: decay of the averaged weights, which are then the result; None for none.
-    ``head_std``: of the head's first weights.
+    ``mixup``, ``cutmix``: alpha, 0 for none. ``magnitude``: of RandAugment, 0 for none; ``operations``: how many.
+    ``flip``: chance of a horizontal flip. ``smoothing``: of labels. ``clip``: largest gradient norm. ``ema``: decay of
+    the averaged weights, which are then the result; None for none. ``head_std``: of the head's first weights;
+    ``head_drop``: dropout in front of it.
+
+    Of videos: ``repeats``: crops of each in an update, of which ``batch`` and the rate know nothing. For who makes the
+    sources, ``sampling`` and ``stride`` of frames (None: as in pretraining) and ``views``, the clips and crops tested.
     """
 
     epochs: int = 100
@@ -47,6 +51,13 @@ class FinetuneRecipe:
     smoothing: float = 0.1
     ema: float | None = None
     head_std: float = 2e-5
+    head_drop: float = 0.0
+    operations: int = 2
+    flip: float = 0.5
+    repeats: int = 1
+    sampling: str | None = None
+    stride: int | None = None
+    views: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         checks = {
@@ -57,6 +68,8 @@ class FinetuneRecipe:
             "drop_path": (0 <= self.drop_path < 1, "0 to less than 1"),
             "batch": (self.batch >= 1, "at least 1"),
             "magnitude": (0 <= self.magnitude <= 10, "0 to 10"),
+            "head_drop": (0 <= self.head_drop < 1, "0 to less than 1"),
+            "repeats": (self.repeats >= 1, "at least 1"),
             "smoothing": (0 <= self.smoothing < 1, "0 to less than 1"),
             "ema": (self.ema is None or 0 < self.ema < 1, "between 0 and 1"),
         }
@@ -69,11 +82,23 @@ def _published(epochs: int, blr: float, layer_decay: float, drop_path: float, **
     return FinetuneRecipe(epochs=epochs, blr=blr, layer_decay=layer_decay, drop_path=drop_path, **others)
 
 
-# ImageNet-1k recipes as published; nobody published one for ViT-S, which gets ViT-B's. "quick" is for the demo's sizes.
+def _of_videos(
+    epochs: int, blr: float, batch: int, layer_decay: float = 0.75, drop_path: float = 0.1, **others: Any
+) -> FinetuneRecipe:
+    """VideoMAE's and AMD's: the head starts at 0.001 times the usual 0.02."""
+    usual = {"operations": 4, "magnitude": 7.0, "repeats": 2, "sampling": "contiguous", "stride": 4, "views": (5, 3)}
+    return _published(epochs, blr, layer_decay, drop_path, batch=batch, **usual | others)
+
+
+# Something-Something: frames of all the video, and "left" must not become "right".
+_SSV2: dict[str, Any] = {"flip": 0.0, "sampling": "segments", "views": (2, 3)}
+_QUICK: dict[str, Any] = {"batch": 128, "mixup": 0, "cutmix": 0, "erase": 0, "magnitude": 0, "head_std": 0.01}
+
+# Recipes for ImageNet-1k, Kinetics-400, Something-Something-v2 and UCF101 as published; nobody published one for ViT-S
+# on images, which gets ViT-B's. "quick" and "quick_video" are for the demo's sizes.
 RECIPES: dict[str, FinetuneRecipe] = {
-    "quick": _published(
-        15, 8e-3, 0.75, 0.05, warmup=2, batch=128, mixup=0, cutmix=0, erase=0, magnitude=0, head_std=0.01
-    ),
+    "quick": _published(15, 8e-3, 0.75, 0.05, warmup=2, **_QUICK),
+    "quick_video": _published(15, 1.6e-2, 0.75, 0.05, warmup=2, flip=0.0, **_QUICK | {"batch": 32}),
     "mae_small": _published(100, 5e-4, 0.65, 0.1),
     "mae_base": _published(100, 5e-4, 0.65, 0.1),
     "mae_large": _published(50, 1e-3, 0.75, 0.2),
@@ -86,25 +111,46 @@ RECIPES: dict[str, FinetuneRecipe] = {
     "clip_base": _published(100, 2e-4 / 4, 0.65, 0.1, warmup=20, head_std=0.01),  # rates given for batches of 1024
     "clip_large": _published(50, 1e-4 / 4, 0.8, 0.2, head_std=0.01),
     "clip_huge": _published(50, 5e-5 / 4, 0.85, 0.3, head_std=0.01),
+    "amd_small_k400": _of_videos(150, 1e-3, 512),
+    "amd_base_k400": _of_videos(90, 7e-4, 512),
+    "amd_small_ssv2": _of_videos(40, 1e-3, 256, **_SSV2),
+    "amd_base_ssv2": _of_videos(30, 5e-4, 256, **_SSV2),
+    "videomae_small_k400": _of_videos(150, 5e-4, 384),
+    "videomae_small_ssv2": _of_videos(40, 1e-3, 384, 0.7, **_SSV2),
+    "videomae_base_k400": _of_videos(75, 5e-4, 384),  # after 1600 epochs of pretraining
+    "videomae_base_k400_800": _of_videos(100, 1e-3, 512, repeats=1),
+    "videomae_base_ssv2": _of_videos(30, 5e-4, 384, **_SSV2),  # after 2400
+    "videomae_base_ssv2_800": _of_videos(50, 5e-4, 512, **_SSV2),
+    "videomae_large_k400": _of_videos(35, 2e-3, 128),
+    "videomae_huge_k400": _of_videos(50, 1e-3, 512, drop_path=0.2, head_drop=0.5),
+    "videomae_base_ucf101": _of_videos(100, 5e-4, 128, 0.7, 0.2, head_drop=0.5),
 }
 
 
 class Classifier(nn.Module):
     """An encoder whose patch tokens are averaged, normalised afresh and classified: timm's ``fc_norm`` and ``head``.
 
-    The encoder's own final norm is not used, as in MAE. Positions are trained too.
+    The encoder's own final norm is not used, as in MAE. Positions of images are trained too, those of clips are not, as
+    in VideoMAE.
 
     Args:
         encoder: taken over, not copied. classes: of the head. head_std: of its weights, drawn from ``seed``.
+        head_drop: dropout in front of the head.
     """
 
     def __init__(
-        self, encoder: VisionTransformer, classes: int, drop_path: float, head_std: float = 2e-5, seed: int = 0
+        self,
+        encoder: VisionTransformer,
+        classes: int,
+        drop_path: float,
+        head_std: float = 2e-5,
+        seed: int = 0,
+        head_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.head_drop = encoder, head_drop
         encoder.drop_path = DropPath(drop_path, encoder.depth).to(encoder.device)
-        if encoder.pos_embed is not None:
+        if encoder.pos_embed is not None and encoder.grid.frames == 1:
             encoder.pos_embed.requires_grad_(True)
         encoder.norm.requires_grad_(False)
         self.fc_norm = Norm(encoder.width)
@@ -116,11 +162,15 @@ class Classifier(nn.Module):
         self.to(encoder.device)
 
     def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, T, H, W, C] uint8 -> logits [B, classes] fp32. ``generator``: where drop path draws from."""
+        """[B, T, H, W, C] uint8 -> logits [B, classes] fp32. ``generator``: where drop path and dropout draw from."""
         encoder = self.encoder
         (x,) = encoder.intermediates(pixels, (encoder.depth,), generator=generator)
         pooled = x[:, encoder.prefix :].float().mean(dim=1, keepdim=True)
-        logits: Tensor = self.head(self.fc_norm(pooled)[:, 0])
+        pooled = self.fc_norm(pooled)[:, 0]
+        if self.training and self.head_drop:
+            keep = 1 - self.head_drop
+            pooled = pooled * torch.empty_like(pooled).bernoulli_(keep, generator=generator) / keep
+        logits: Tensor = self.head(pooled)
         return logits
 
     def weights(self) -> dict[str, Tensor]:
@@ -172,7 +222,8 @@ def finetune(
     """Train encoder and head on ``train`` and count on ``test``, once, at the end.
 
     Args:
-        encoder: changed in place. label: which kind of label; default the first. seed: of everything random.
+        encoder: changed in place. train, test: they say how frames are sampled and which views are tested.
+        label: which kind of label; default the first. seed: of everything random.
         say: told the progress, a line an epoch.
 
     Returns:
@@ -191,12 +242,13 @@ def finetune(
     classes = int(max(train.manifest.labels[:, kind].max(), test.manifest.labels[:, kind].max())) + 1
     device, count = encoder.device, len(train.manifest.paths)
     batch = min(recipe.batch, count)
-    micro = min(train.batch_size, batch)
+    micro = min(max(1, train.batch_size // recipe.repeats), batch)  # files in a pass
     parts = batch // micro
-    model = Classifier(encoder, classes, recipe.drop_path, recipe.head_std, seed).train()
+    model = Classifier(encoder, classes, recipe.drop_path, recipe.head_std, seed, recipe.head_drop).train()
     updater = _Updater(model, recipe, parts * micro)
     drops, loss = torch.Generator(device), math.nan
-    with train.crops(device, batch_size=micro, seed=seed) as loader:
+    repeats = recipe.repeats
+    with train.crops(device, batch_size=micro * repeats, seed=seed, flip=recipe.flip, repeats=repeats) as loader:
         steps = loader.steps_per_epoch // parts
         for epoch in range(recipe.epochs):
             losses = []
@@ -281,25 +333,28 @@ def augmented(
     encoder: VisionTransformer,
     draw: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Pixels [B, 1, H, W, C] uint8 and soft targets [B, classes] of a training batch, augmented as the recipe says."""
-    images, targets = pixels[:, 0], smooth_targets(labels, classes, recipe.smoothing)
+    """Pixels [B, T, H, W, C] uint8 and soft targets [B, classes] of a training batch, augmented as the recipe says."""
+    targets = smooth_targets(labels, classes, recipe.smoothing)
     if recipe.magnitude:
-        images = rand_augment(images, draw, encoder.mean, magnitude=recipe.magnitude)
+        pixels = rand_augment(pixels, draw, encoder.mean, magnitude=recipe.magnitude, count=recipe.operations)
     if recipe.erase:
-        images = random_erase(images, draw, recipe.erase, encoder.mean, encoder.std)
-    images, targets = mix(images, targets, draw, recipe.mixup, recipe.cutmix)
-    return images.unsqueeze(1), targets
+        pixels = random_erase(pixels, draw, recipe.erase, encoder.mean, encoder.std)
+    return mix(pixels, targets, draw, recipe.mixup, recipe.cutmix)
 
 
 @torch.no_grad()
 def accuracy(model: Classifier, source: ImageSource, kind: int) -> float:
-    """Share of right answers on every readable image of ``source``."""
+    """Share of right answers on every readable file of ``source``; the views of a video are averaged as probabilities.
+
+    So a view that is sure weighs no more than one vote, which of logits is not true.
+    """
     model.eval()
     device = model.head.weight.device
     labels = torch.as_tensor(source.manifest.labels)[:, kind]
     right, count = torch.zeros((), dtype=torch.int64, device=device), 0
     for pixels, places in source.batches(device):
-        right += (model(pixels).argmax(dim=1) == labels[places].to(device)).sum()
+        shares = mean_over_views(model(pixels).softmax(dim=1), len(places))
+        right += (shares.argmax(dim=1) == labels[places].to(device)).sum()
         count += len(places)
     return int(right) / count
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.evaluation.extractor import Extractor
-from cohobate.evaluation.features import ImageSource, check_labels
+from cohobate.evaluation.features import ClipSource, ImageSource, check_labels, mean_over_views
 from cohobate.evaluation.lars import Lars
 
 HELD_OUT = 0.1  # of the training images, to choose the rate by
 TOKEN_BYTES = 4 << 30  # tokens of all images are kept up to this size
 
 Inputs = dict[str, Tensor]  # what a probe reads, by name
-Read = Callable[[Extractor, Tensor], Inputs]
+Read = Callable[[Extractor, Tensor, int], Inputs]  # of pixels [n V, ...] of n files
 Epoch = Callable[[int], Iterator[tuple[Inputs, Tensor]]]  # epoch -> batches of inputs and labels [B, K]
 
 
@@ -180,9 +180,12 @@ def run_probe(
 
     Args:
         extractor: the frozen features. kind: "linear" or "attentive".
-        augment: random crops and flips, so that features are computed anew in every epoch; without it once, of the
-            central crops.
+        augment: random crops, of images with flips, so that features are computed anew in every epoch; without it
+            once, of the central crops.
         say: told the loss a few times.
+
+    Several views of a video are averaged: their features for a linear probe; an attentive probe is trained on the view
+    in the middle, and its probabilities are averaged.
 
     Returns:
         Rows ``features``, ``label``, ``metric``, ``value`` (of the test part), ``rate`` (the chosen one, a 256 images),
@@ -197,6 +200,8 @@ def run_probe(
     assert train.manifest.labels is not None and test.manifest.labels is not None
     classes = [int(max(a.max(), b.max())) + 1 for a, b in zip(train.manifest.labels.T, test.manifest.labels.T)]
     learn, held = train.split(HELD_OUT, seed)
+    if isinstance(learn, ClipSource) and kind == "attentive":
+        learn = replace(learn, test_views=(1, 1))
     read = _features if kind == "linear" else _tokens
     count = len(learn.manifest.paths)
     batch = min(recipe.batch, max(min(16, count), count // 16))
@@ -266,12 +271,12 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(replicas)) * replicas
 
 
-def _features(extractor: Extractor, pixels: Tensor) -> Inputs:
-    found = extractor(pixels)
-    return {"mean": found.mean} if found.cls is None else {"cls": found.cls, "mean": found.mean}
+def _features(extractor: Extractor, pixels: Tensor, files: int) -> Inputs:
+    found = extractor(pixels)._asdict().items()
+    return {name: mean_over_views(value, files) for name, value in found if value is not None}
 
 
-def _tokens(extractor: Extractor, pixels: Tensor) -> Inputs:
+def _tokens(extractor: Extractor, pixels: Tensor, files: int) -> Inputs:
     return {"tokens": extractor.tokens(pixels).bfloat16()}
 
 
@@ -282,7 +287,8 @@ def _kept(extractor: Extractor, source: ImageSource, read: Read, batch: int, see
         if size > TOKEN_BYTES:
             raise UserError(
                 f"data: expected tokens of at most {TOKEN_BYTES >> 30} GiB to keep, got {size / 2**30:.1f} GiB of "
-                f"{len(source.manifest.paths)} images; expected --augment, which keeps none, or a --train-limit"
+                f"{len(source.manifest.paths)} {source.manifest.UNIT}s; expected --augment, which keeps none, or a "
+                "--train-limit"
             )
     parts = list(_batches(extractor, source, read))
     inputs = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
@@ -309,7 +315,7 @@ def _augmented(
         for _, loaded in zip(range(loader.steps_per_epoch), loader):
             assert loaded.labels is not None
             labels = loaded.labels.to(extractor.device)
-            waiting.append((_finite(read(extractor, loaded.pixels), extractor), labels))
+            waiting.append((_finite(read(extractor, loaded.pixels, len(labels)), extractor), labels))
             if len(waiting) == max(1, batch // micro):
                 inputs = {name: torch.cat([part[name] for part, _ in waiting]) for name in waiting[0][0]}
                 yield inputs, torch.cat([part for _, part in waiting])
@@ -321,7 +327,7 @@ def _augmented(
 def _batches(extractor: Extractor, source: ImageSource, read: Read) -> Iterator[tuple[Inputs, Tensor]]:
     labels = torch.as_tensor(source.manifest.labels)
     for pixels, places in source.batches(extractor.device):
-        yield _finite(read(extractor, pixels), extractor), labels[places].to(extractor.device)
+        yield _finite(read(extractor, pixels, len(places)), extractor), labels[places].to(extractor.device)
 
 
 def _finite(inputs: Inputs, extractor: Extractor) -> Inputs:
@@ -342,7 +348,8 @@ def _accuracies(
     for inputs, labels in _batches(extractor, source, read):
         count += len(labels)
         for name, probe in probes.items():
-            hits = [(part.argmax(dim=2) == labels[:, k, None]).sum(0) for k, part in enumerate(probe(inputs[name]))]
+            shares = [mean_over_views(part.softmax(dim=2), len(labels)) for part in probe(inputs[name])]
+            hits = [(part.argmax(dim=2) == labels[:, k, None]).sum(0) for k, part in enumerate(shares)]
             right[name] = [a + b for a, b in zip(right[name], hits)] if name in right else hits
     for probe in probes.values():
         probe.train()

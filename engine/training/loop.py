@@ -29,6 +29,7 @@ from cohobate.training.stages import Stage, StageManager, source_hashes
 from cohobate.training.step import Step
 
 WATCHED, WATCHED_CLIPS = 64, 16  # images, or clips, by which a collapse is noticed
+SEARCHED_CLIPS = 500  # of the picture of nearest clips
 
 
 class Stopped(Exception):
@@ -126,7 +127,7 @@ class Run:
         images = data.batch_size * self.config.optimizer.accumulate * ranks
         where = str(self.ranks.device) + (f", {ranks} ranks" if self.ranks.many else "")
         self.console.say(
-            f"{self.folder}: {len(self.feed.train)} images, {images} an update, "
+            f"{self.folder}: {len(self.feed.train)} {self.feed.train.UNIT}s, {images} an update, "
             f"{self.manager.updates_per_epoch} updates an epoch, on {where}, loader {self.feed.loader.name}"
         )
         for index, stage in enumerate(self.config.stages):
@@ -222,12 +223,14 @@ class Run:
         self._note_time(f"{stage.index + 1} {stage.name}")
 
     def _draw_retrieval(self, stage: Stage) -> None:
-        """Nearest images by the stage's features; a picture costs no run."""
-        if not self.config.evaluate.enabled or stage.method.student.grid.frames > 1:
+        """Nearest images or clips by the stage's features; a picture costs no run."""
+        if not self.config.evaluate.enabled:
             return
-        file = self.folder / f"retrieval-{stage.index + 1}.npz"
+        file, memory = self.folder / f"retrieval-{stage.index + 1}.npz", self.train_images
+        if self.config.data.frames > 1:  # all that are searched are held at once
+            memory = dataclasses.replace(memory, limit=SEARCHED_CLIPS, _cache=[])
         try:
-            write_retrieval(file, stage, self.train_images, self.test_images, device=self.ranks.device)
+            write_retrieval(file, stage, memory, self.test_images, device=self.ranks.device)
         except UserError as error:
             self.console.say(f"stage {stage.index + 1} {stage.name}: no picture of nearest images: {error}")
 

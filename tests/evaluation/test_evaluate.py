@@ -23,8 +23,8 @@ from cohobate.evaluation import (
 )
 from cohobate.evaluation.extractor import BF16
 from cohobate.models import Precision, VisionTransformer, build
+from cohobate.models.exports import export
 from cohobate.teacher import load_source
-from cohobate.training.exports import export
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_options_that_say_nothing_are_refused(
         (["finetune", "--k", 3], "--k: expected with knn or linear, got with finetune"),
         (["linear", "--recipe", "lasr"], "--recipe: expected one of exact, lars, lars_quick with linear, got 'lasr'"),
         (["linear", "--epochs", 3], "--epochs: expected with --recipe lars or lars_quick, got with exact"),
-        (["finetune", "--recipe", "lars"], "--recipe: expected one of quick, mae_small"),
+        (["finetune", "--recipe", "lars"], "--recipe: expected one of quick, quick_video, mae_small"),
         (["finetune", "--out", tmp_path], "--out: expected a new folder"),
         (["attentive", "--epochs", 0], "epochs: expected at least 1, got 0"),
         (["knn", "--batch-size", 0], "--batch-size: expected at least 1, got 0"),
