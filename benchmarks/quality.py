@@ -52,7 +52,7 @@ def table(rows: Iterable[Row], label: str = "texture") -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for (recipe, index, name), found in values.items():
-        cells = [_spread(found[column]) for column in COLUMNS]
+        cells = [spread(found[column]) for column in COLUMNS]
         lines.append(f"| {recipe} | {index} {name} | {' | '.join(cells)} | {max(map(len, found.values()))} |")
     return "\n".join(lines) + "\n"
 
@@ -61,7 +61,8 @@ def _title(row: Row) -> str:
     return " ".join([row["recipe"], *row["settings"]])
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """``0.612 ± 0.034``, mean and standard deviation."""
     if not values:
         return "not measured"
     mean = f"{statistics.mean(values):.3f}"

@@ -5,12 +5,13 @@ A document holds blocks ``<!-- bench:NAME -->`` ... ``<!-- /bench -->``; what st
 - ``FILE-DEVICE``, the main table of ``FILE.jsonl`` for that device (``kernels-cpu``: one line an op),
 - ``FILE-DEVICE-full``, every row,
 - ``FILE-DEVICE-machine``, where it was measured,
-- ``teacher``, the frozen teacher (``teacher.jsonl``), a table for each kind of machine, or
-- ``quality``, what whole runs learnt (``quality.jsonl``).
+- ``teacher``, the frozen teacher (``teacher.jsonl``), a table for each kind of machine,
+- ``quality``, what whole runs learnt (``quality.jsonl``), or
+- ``study-PART``, a part of the study (``study.jsonl``).
 
 The newest folder ``benchmarks/results/*-YYYY-MM-DD`` that holds such rows is used (of each machine, where a block shows
-several); where there is none the block says "not measured". Figures go to ``docs/figures/FILE-DEVICE.png`` and carry
-the digest of their data: a stale one shows.
+several); where there is none the block says "not measured". Figures go to ``docs/figures/FILE-DEVICE.png`` (the study's
+to ``study-PART.png``, or ``study-PART-PART.png``) and carry the digest of their data: a stale one shows.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cohobate.benchmarks import command, quality
+from cohobate.benchmarks import command, quality, study
 from cohobate.benchmarks.harness import NOISY, Row, read_rows
 from cohobate.benchmarks.machine import ROOT
 from cohobate.errors import UserError
@@ -83,6 +85,8 @@ def render(root: Path, name: str) -> str:
         return _quality(root)
     if name == "teacher":
         return _teacher(root)
+    if name in {f"study-{part}" for part in study.PARTS}:
+        return _study(root, name.removeprefix("study-"))
     match = re.fullmatch(rf"([a-z0-9_-]+?)-({'|'.join(DEVICES)})(-full|-machine)?", name)
     if match is None:
         raise UserError(f"bench block: expected FILE-DEVICE, FILE-DEVICE-full or FILE-DEVICE-machine, got {name!r}")
@@ -105,6 +109,23 @@ def _quality(root: Path) -> str:
     return "not measured (`cohobate bench quality` measures it)\n"
 
 
+def _study(root: Path, part: str) -> str:
+    """A part of the study, and how much of it there is."""
+    for path in stored(root, "study"):
+        runs = study.read(path)
+        env = runs[0]["env"]
+        commits = ", ".join(sorted({f"{run['env']['commit']}{_changed(run['env'])}" for run in runs}))
+        seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
+        hours = sum(run["seconds"] for run in runs) / 3600
+        about = f"{len(runs)} runs, seeds {seeds}, {hours:.1f} hours on {env['kind']}; commit {commits}"
+        return f"{study.table(runs, part)}\nRows: `{path.relative_to(root)}`; {about}.\n"
+    return "not measured (`cohobate bench study` measures it)\n"
+
+
+def _changed(env: Mapping[str, Any]) -> str:
+    return ", uncommitted changes" if env.get("dirty") else ""
+
+
 def _teacher(root: Path) -> str:
     """The frozen teacher on every kind of machine that measured it, the newest rows of each, newest first."""
     newest: dict[str, Results] = {}
@@ -118,9 +139,8 @@ def _teacher(root: Path) -> str:
     parts = []
     for kind, results in newest.items():
         env = results.rows[0].env
-        changed = ", uncommitted changes" if env.get("dirty") else ""
         parts += [
-            f"**{kind}**, {env.get('date')}; torch {env.get('torch')}, commit {env.get('commit')}{changed}; "
+            f"**{kind}**, {env.get('date')}; torch {env.get('torch')}, commit {env.get('commit')}{_changed(env)}; "
             f"{'; '.join(results.ceilings[-1:])}; rows: `{results.path.relative_to(root)}`\n",
             teacher_table(results.rows),
         ]
@@ -342,15 +362,37 @@ def draw(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def figures(root: Path) -> dict[Path, Results]:
+@dataclass(frozen=True)
+class Study:
+    """Parts of the study and the file they are drawn from."""
+
+    path: Path
+    parts: list[str]
+
+    @property
+    def digest(self) -> str:
+        """Of the file's text."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def draw(self, path: Path) -> None:
+        """Write the figure."""
+        made = study.figure(study.read(self.path), self.parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.savefig(path, dpi=130, metadata={"Data": self.digest, "Software": None})
+
+
+def figures(root: Path) -> dict[Path, Results | Study]:
     """Every figure that the documents show and the results it is drawn from."""
-    wanted = {}
+    wanted: dict[Path, Results | Study] = {}
     for page in documents(root):
         text = page.read_text(encoding="utf-8")
         for stem, device in re.findall(rf"figures/([a-z0-9_]+)-({'|'.join(DEVICES)})\.png", text):
             results = find(root, stem, device)
             if results is not None:
                 wanted[root / "docs" / "figures" / f"{stem}-{device}.png"] = results
+        for parts in re.findall(rf"figures/study((?:-(?:{'|'.join(study.PARTS)}))+)\.png", text):
+            for path in stored(root, "study")[:1]:
+                wanted[root / "docs" / "figures" / f"study{parts}.png"] = Study(path, parts.split("-")[1:])
     return wanted
 
 
@@ -383,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.write_text(rewrite(ROOT, page.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")
     for path, results in figures(ROOT).items():
-        draw(results, path)
+        results.draw(path) if isinstance(results, Study) else draw(results, path)
         print(f"drew {path.relative_to(ROOT)}")
     return 0
 
