@@ -75,6 +75,8 @@ def draw(options: argparse.Namespace) -> Iterator[str]:
         raise UserError(
             f"images: expected image files, a folder or a list, got none ({' and '.join(OF_A_RUN)} need none)"
         )
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"out: expected a folder, got the file {str(options.out)!r}")
     view = View(options)
     for kind in asked or KINDS:
         try:
@@ -112,7 +114,7 @@ class View:
         """The folder of the weights, if they are an export."""
         if self.options.weights.startswith(SPECS):
             return None
-        from cohobate.training.exports import find_export
+        from cohobate.models.exports import find_export
 
         return find_export(self.options.weights)
 
@@ -150,7 +152,10 @@ class View:
         with tempfile.TemporaryDirectory() as folder:
             listed = Path(folder) / "images.txt"
             listed.write_text("".join(f"{Path(image).absolute()}\t\n" for image in images), encoding="utf-8")
-            found = data.build_manifest(listed)
+            try:
+                found = data.build_manifest(listed)
+            except UserError as error:  # it would name this list
+                raise UserError(f"images: expected images that can be read, got {', '.join(images)}") from error
         for path, reason in found.quarantine:
             raise UserError(f"images: expected images that can be read, got {path} ({reason})")
         return found
@@ -160,7 +165,7 @@ class View:
         import numpy as np
 
         from cohobate.evaluation import ImageSource
-        from cohobate.training.exports import read_config
+        from cohobate.models.exports import read_config
 
         grid, there = self.source.grid, len(self.manifest)
         resized = None if self.export is None else read_config(self.export)["pretrained_cfg"].get("interpolation")
@@ -290,8 +295,7 @@ def _autoencoder(view: View) -> tuple[VisionTransformer, Any]:
     import torch
 
     from cohobate.models import Precision
-    from cohobate.models.exports import load_decoder
-    from cohobate.training import load_encoder
+    from cohobate.models.exports import load_decoder, load_encoder
 
     if view.export is None:
         raise Impossible(f"{view.options.weights} has no decoder")
@@ -311,7 +315,7 @@ def _autoencoder(view: View) -> tuple[VisionTransformer, Any]:
 
 def _method(view: View) -> str | None:
     """What the export was trained with, as it says itself."""
-    from cohobate.training import read_config
+    from cohobate.models.exports import read_config
 
     found = None if view.export is None else read_config(view.export).get("cohobate", {}).get("method")
     return None if found is None else str(found)

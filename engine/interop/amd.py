@@ -60,17 +60,23 @@ def table(sizes: Sizes) -> Table:
 
 
 def fit(parts: Parts) -> Sizes:
-    """As VideoMAE's, with the alignment."""
+    """As VideoMAE's, with the alignment.
+
+    Raises:
+        UserError: none of it there.
+    """
+    if parts.sizes.alignment is None:
+        raise UserError("to: expected a model with projections and generators for amd, got one without; try videomae")
     return replace(videomae.fit(parts, "amd"), alignment=parts.sizes.alignment)
 
 
 def extra(sizes: Sizes) -> dict[str, tuple[Tensor, str]]:
     """The dead norms, so that the published code loads the file strictly."""
-    found = {}
-    for k in range(sizes.alignment.count if sizes.alignment is not None else 0):
-        width = sizes.alignment.width if sizes.alignment is not None else 0
-        found[f"generators.{k}.norm.weight"] = (torch.ones(width), f"{DEAD}: 1")
-        found[f"generators.{k}.norm.bias"] = (torch.zeros(width), f"{DEAD}: 0")
+    found: dict[str, tuple[Tensor, str]] = {}
+    if sizes.alignment is not None:
+        for k in range(sizes.alignment.count):
+            found[f"generators.{k}.norm.weight"] = (torch.ones(sizes.alignment.width), f"{DEAD}: 1")
+            found[f"generators.{k}.norm.bias"] = (torch.zeros(sizes.alignment.width), f"{DEAD}: 0")
     return found
 
 

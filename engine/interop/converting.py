@@ -19,10 +19,11 @@ from cohobate.interop.parts import Hints, Parts, Sizes
 from cohobate.interop.reading import PREPROCESSOR, read
 from cohobate.interop.reshape import reshaped
 from cohobate.interop.verify import Agreement, compare
-from cohobate.models.exports import CONFIG, DECODER, WEIGHTS
+from cohobate.models.exports import ALIGNMENT, CONFIG, DECODER, WEIGHTS
 
-FOLDERS = ("cohobate", "hf")  # timm's is one too, unless its name has a suffix
-OURS = {WEIGHTS, CONFIG, DECODER, native.ALIGNMENT, PREPROCESSOR}
+FOLDERS = ("cohobate", "hf")  # timm's is one too, unless its name is a file's
+FILES = (".pth", ".pt", ".bin", ".safetensors")
+OURS = {WEIGHTS, CONFIG, DECODER, ALIGNMENT, PREPROCESSOR}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def convert(
 
     Args:
         source: a file or folder of any format.
-        destination: a folder (cohobate, hf; timm without a suffix) or a file (a pickle, or safetensors by its suffix).
+        destination: a folder (cohobate, hf; timm unless it ends as a file does), or a file (safetensors by its suffix,
+            else a pickle).
         to: name of the format to write.
         form: of the source; None to tell it by its keys.
         hints: see :class:`cohobate.interop.parts.Hints`.
@@ -74,7 +76,9 @@ def convert(
     known, destination, hints = formats(), Path(destination), hints or Hints()
     if to not in known:
         raise UserError(f"to: expected one of {', '.join(known)}; got {to!r}")
-    folder = to in FOLDERS or (to == "timm" and not destination.suffix)
+    folder = to in FOLDERS or (to == "timm" and destination.suffix not in FILES)
+    if to in FOLDERS and destination.suffix in FILES:
+        raise UserError(f"destination: expected a folder for {to}, got {str(destination)!r}, which is a file's name")
     _check_free(destination, folder, force)
     file = read(source)
     origin, target = choose(file, form), known[to]
@@ -118,7 +122,7 @@ def _write_folder(folder: Path, weights: dict[str, Tensor], target: Format, part
     from safetensors.torch import save_file
 
     folder.mkdir()
-    names = {DECODER: "decoder.", native.ALIGNMENT: "alignment."} if target.name == native.FORMAT.name else {}
+    names = {DECODER: "decoder.", ALIGNMENT: "alignment."} if target.name == native.FORMAT.name else {}
     for name, prefix in names.items():
         inner = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         if inner:

@@ -27,16 +27,24 @@ class Coverage:
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """A few lines a list: the tensors of all blocks share one, and so do a weight and its bias."""
+        """A few lines a list: tensors of all blocks share one where they go the same way, and a weight and its bias."""
         lines = [
             f"{self.title}: {len(self.loaded)} loaded, {len(self.renamed)} renamed, {len(self.dropped)} dropped, "
             f"{len(self.missing)} missing"
         ]
         lines += _grouped("loaded", [(_family(key), "") for key in self.loaded])
-        lines += _grouped("renamed", [(_numberless(there), f" -> {_numberless(here)}") for there, here in self.renamed])
+        lines += _grouped("renamed", [_move(there, here) for there, here in self.renamed])
         for name in ("dropped", "missing"):
             lines += _grouped(name, [(_family(key), f": {reason}") for key, reason in getattr(self, name)])
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+
+def _move(there: str, here: str) -> tuple[str, str]:
+    """``decoder_blocks.*`` to ``decoder.blocks.*`` where only the front changed, else both names without numbers."""
+    fronts = _family(there), _family(here)
+    if there.removeprefix(fronts[0][:-1]) != here.removeprefix(fronts[1][:-1]):
+        fronts = _numberless(there), _numberless(here)
+    return fronts[0], f" -> {fronts[1]}"
 
 
 def _numberless(keys: str) -> str:

@@ -67,6 +67,10 @@ class Format:
         kept = {key: value for key, value in parts.state_dict().items() if key not in found}
         fill(parts, kept | found, file.where)
         coverage.notes += self.notes(file, sizes)
+        if (
+            hints.heads is None and not file.settings and not sizes.relative_positions
+        ):  # whose table has a column a head
+            coverage.notes.append(f"attention heads are in no such file: {sizes.heads}, by the width")
         low = {value.dtype for value in file.weights.values() if value.is_floating_point()} - {torch.float32}
         if low:
             coverage.notes.append(f"weights of {', '.join(sorted(map(str, low)))} there are fp32 here")

@@ -25,6 +25,7 @@ from cohobate.interop.parts import (
     Hints,
     Parts,
     Sizes,
+    clip_frames,
     depth_of,
     heads_of,
     hidden_of,
@@ -119,7 +120,7 @@ def sizes(file: File, hints: Hints) -> Sizes:
     norm = f"{front}layernorm" if f"{front}layernorm.weight" in weights else "None"
     if kind == "videomae":
         height, wide = hints.image_size or _pair(given.get("image_size", 224))
-        frames = hints.frames or given.get("num_frames", 16)
+        frames = clip_frames(shape[2], hints, given.get("num_frames", 16))
         grid = TokenGrid(frames, height, wide, (shape[2], rows, columns), channels)
         norm = "fc_norm" if "fc_norm.weight" in weights else norm
     else:

@@ -144,9 +144,12 @@ def gradients(method: DBOT | MAE) -> dict[str, Tensor]:
         Of dBOT and MAE "blocks.0.attn.qkv.bias" [3D] and so on; of VideoMAE and AMD "encoder.blocks.0.attn.q_bias" [D]
         and "v_bias", for they have no key bias. The generators' mask tokens, which no published code names, are
         "generators.k.mask_token".
+
+    Raises:
+        UserError: another module, a symmetric dBOT (whose weights have no published names but their own) among them.
     """
-    if isinstance(method, SymmetricDBOT):
-        raise UserError("method: expected DBOT, MAE or AMD, got SymmetricDBOT, whose weights are under their own names")
+    if not isinstance(method, DBOT | MAE) or isinstance(method, SymmetricDBOT):
+        raise UserError(f"method: expected DBOT, MAE or AMD, got {type(method).__name__}")
     form, predicts = _published(method)
     alignment = method.alignment if isinstance(method, AMD) else None
     parts = Parts(
@@ -175,10 +178,7 @@ def _published(method: DBOT | MAE) -> tuple[Format, Predicts]:
 
 def _load(weights: Weights, usual: Format | None, hints: Hints | None, precision: Precision) -> Parts:
     """Files of any format; bare tensors are taken for the usual one if their keys do not say."""
-    if isinstance(weights, Mapping):
-        file = unwrapped(dict(weights), "the weights")
-    else:
-        file = read(weights)
+    file = unwrapped(dict(weights), "the weights") if isinstance(weights, Mapping) else read(weights)
     form = choose(file)
     if usual is not None and form.name not in (usual.name, "hf", native.FORMAT.name):
         raise UserError(f"source: expected a checkpoint of {usual.name} in {file.where!r}, got one of {form.name}")

@@ -11,15 +11,12 @@ from cohobate.interop.formats import Format
 from cohobate.interop.parts import AlignmentSizes, DecoderSizes, Hints, Parts, Predicts, Sizes, build, hidden_of
 from cohobate.interop.reading import File, read
 from cohobate.interop.table import Entry, Table
-from cohobate.models.exports import DECODER, describe, describe_decoder
-from cohobate.tokens import TokenGrid
-
-ALIGNMENT = "alignment.safetensors"
+from cohobate.models.exports import ALIGNMENT, DECODER, describe, describe_decoder, grid_of, well_formed
 
 
 def matches(file: File) -> bool:
-    """Our mark in config.json."""
-    return "cohobate" in file.settings
+    """Our mark in config.json; what `cohobate eval finetune` keeps has it too, but is a model of timm's."""
+    return "cohobate" in file.settings and "fc_norm.weight" not in file.weights
 
 
 def prepare(file: File) -> File:
@@ -38,21 +35,14 @@ def prepare(file: File) -> File:
 
 def sizes(file: File, hints: Hints) -> Sizes:
     """As config.json says."""
-    try:
+    with well_formed(Path(file.where)):
         return _sizes(file)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"source: config.json in {file.where!r} lacks or garbles {error}") from error
 
 
 def _sizes(file: File) -> Sizes:
     shape, shown = file.settings["model_args"], file.settings["pretrained_cfg"]
-    height, width = shape["img_size"]
-    patch = (shape.get("tubelet", 1), *shape["patch_size"])
     found = Sizes(
-        TokenGrid(shape.get("frames", 1), height, width, patch, shape["in_chans"]),
-        shape["embed_dim"], shape["depth"], shape["num_heads"],
+        grid_of(shape), shape["embed_dim"], shape["depth"], shape["num_heads"],
         hidden_of(file.weights, "blocks.0.mlp.fc1.weight", shape["embed_dim"]), shape["class_token"],
         layer_scale=shape.get("init_values"), positions=shape.get("pos_embed") or "sincos",
         relative_positions=shape.get("relative_positions", False),
@@ -61,14 +51,14 @@ def _sizes(file: File) -> Sizes:
     if "decoder" in file.settings:
         d, video = file.settings["decoder"], file.settings["decoder"]["layout"] != "raster"
         hidden = hidden_of(file.weights, "decoder.blocks.0.mlp.fc1.weight", d["width"])
-        decoder = DecoderSizes(d["width"], d["depth"], d["heads"], hidden, d["out"], video, _predicts(file, d["out"]))
+        decoder = DecoderSizes(d["width"], d["depth"], d["heads"], hidden, d["out"], video, _predicts(file))
         found = replace(found, decoder=decoder)
     if "alignment" in file.settings:
         found = replace(found, alignment=AlignmentSizes(**file.settings["alignment"]))
     return found
 
 
-def _predicts(file: File, out: int) -> Predicts:
+def _predicts(file: File) -> Predicts:
     """What the head was trained for: pixels, unless the method was dBOT."""
     return "features" if str(file.settings["cohobate"].get("method", "")).startswith("dbot") else "pixels"
 

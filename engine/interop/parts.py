@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.methods import Alignment, AMDOptions
-from cohobate.models import Decoder, Generator, PixelDecoder, Precision, VisionTransformer
-from cohobate.models.exports import describe_decoder
-from cohobate.models.layers import Block
+from cohobate.models import Decoder, PixelDecoder, Precision, VisionTransformer
+from cohobate.models.exports import describe_alignment, describe_decoder
 from cohobate.models.positions import sincos_1d
 from cohobate.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from cohobate.tokens import TokenGrid
@@ -44,6 +43,13 @@ class Hints:
     tubelet: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a UserError for a number below 1."""
+        for name in ("heads", "decoder_heads", "teacher_heads", "image_size", "frames", "tubelet"):
+            value = getattr(self, name)
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise UserError(f"{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -164,12 +170,7 @@ def measured(
         sizes = DecoderSizes(decoder.width, decoder.depth, shape["heads"], hidden, decoder.out, video, predicts)
         found = replace(found, decoder=sizes)
     if alignment is not None:
-        first = cast(Generator, alignment.generators[0])
-        block = cast(Block, first.blocks[0])
-        aligned = AlignmentSizes(
-            len(alignment.projections), alignment.width, first.depth, block.attn.heads, block.mlp.fc1.out_features
-        )
-        found = replace(found, alignment=aligned)
+        found = replace(found, alignment=AlignmentSizes(**describe_alignment(alignment)))
     return found
 
 
@@ -204,13 +205,16 @@ def heads_of(width: int, given: int | None, known: Mapping[int, int], flag: str 
         UserError: none of these.
     """
     if given is not None:
-        if given < 1 or width % given:
+        if width % given:
             raise UserError(f"{flag}: expected a divisor of the width {width}, got {given}")
         return given
     if width in known:
         return known[width]
     if width % 64:
-        raise UserError(f"{flag}: expected a number, for a width of {width} is no published one; give --{flag}")
+        raise UserError(
+            f"{flag}: expected a number, which no published model of width {width} tells and the file does not; give "
+            f"--{flag} N"
+        )
     return width // 64
 
 
@@ -237,7 +241,12 @@ def clip_grid(kernel: Tensor, hints: Hints) -> TokenGrid:
     """The grid of a model whose file has no positions: 16 frames of 224 x 224 unless the hints say otherwise."""
     _, channels, tubelet, rows, columns = kernel.shape
     height, width = hints.image_size or (224, 224)
-    return TokenGrid(hints.frames or 16, height, width, (tubelet, rows, columns), channels)
+    return TokenGrid(clip_frames(tubelet, hints, 16), height, width, (tubelet, rows, columns), channels)
+
+
+def clip_frames(tubelet: int, hints: Hints, usual: int) -> int:
+    """Frames of a clip as a file is read; one frame is what the model shall have in the end, and not the file's."""
+    return hints.frames if hints.frames is not None and hints.frames >= tubelet else usual
 
 
 def shape_of(weights: Mapping[str, Tensor], key: str, dims: int) -> tuple[int, ...]:

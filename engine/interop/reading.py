@@ -127,7 +127,7 @@ def _tensors(path: Path) -> Any:
         try:
             return load_file(str(path))
         except Exception as error:  # SafetensorError, OSError
-            raise UserError(f"source: {str(path)!r} is no complete safetensors file: {_line(error)}") from error
+            raise UserError(f"source: {str(path)!r} is no complete safetensors file ({_line(error)})") from error
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of another pickle protocol than torch's
@@ -137,9 +137,13 @@ def _tensors(path: Path) -> Any:
         if asked is not None:
             allowed = "only tensors, plain containers and argparse.Namespace are read"
             raise UserError(f"source: {str(path)!r} asks for {asked.group(1)}: {allowed}") from error
-        raise UserError(f"source: {str(path)!r} is damaged, cut short or no file of weights: {_line(error)}") from error
+        raise UserError(
+            f"source: {str(path)!r} is damaged, cut short or no file of weights ({_line(error)})"
+        ) from error
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+    """The error's kind, and the first sentence of its message; of torch's restricted reader the reason at its end."""
+    said = str(error).strip().rpartition("WeightsUnpickler error:")[2].strip()
+    sentence = re.split(r"\n|\. ", said, maxsplit=1)[0]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__

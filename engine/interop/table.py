@@ -34,6 +34,11 @@ class Entry(NamedTuple):
     reason: str = ""
     lost: str = ""
 
+    @property
+    def kept(self) -> bool:
+        """Whether the tensor has the same name and layout on both sides; ``student.`` stands in no file."""
+        return self.how == "same" and self.theirs == (self.ours.removeprefix("student."),)
+
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Ours out of theirs."""
         if self.how == "rows":
@@ -104,7 +109,8 @@ def take(
         lenient: drop keys that nothing explains, instead of refusing them.
 
     Raises:
-        UserError: a tensor of the table that is not there, or one that nothing explains; the message lists them.
+        UserError: a tensor of the table that is not there, or one that nothing explains; the message lists them. Or one
+            that is not floating.
     """
     found: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -118,9 +124,11 @@ def take(
         if gone:
             absent += gone
             continue
-        parts = [weights[key].float() for key in entry.theirs]
-        found[entry.ours] = entry.join(parts)
-        if len(entry.theirs) == 1 and entry.ours.endswith(entry.theirs[0]) and entry.how == "same":
+        for key in entry.theirs:
+            if not weights[key].is_floating_point():
+                raise UserError(f"source: expected floating weights, got {weights[key].dtype} in {key!r}")
+        found[entry.ours] = entry.join([weights[key].float() for key in entry.theirs])
+        if entry.kept:
             coverage.loaded.append(entry.theirs[0])
         else:
             coverage.renamed.append((" + ".join(entry.theirs), entry.ours))
@@ -162,7 +170,7 @@ def give(weights: Mapping[str, Tensor], table: Table, lost: Reasons, coverage: C
             continue
         parts = entry.split(value.detach().float().cpu())
         made |= {name: part.contiguous().clone() for name, part in zip(entry.theirs, parts, strict=True)}
-        if len(entry.theirs) == 1 and key.endswith(entry.theirs[0]):
+        if entry.kept:
             coverage.loaded.append(entry.theirs[0])
         else:
             coverage.renamed.append((key, " + ".join(entry.theirs)))

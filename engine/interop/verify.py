@@ -75,11 +75,12 @@ def eps(form: Format, file: File) -> float:
 
 def _oracle(form: Format, file: File, parts: Parts, pixels: Tensor) -> tuple[Tensor, str]:
     """[B, P + N, D] behind the last block, and whose they are."""
-    depth = parts.student.depth
+    depth, source = parts.student.depth, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        source = _transformers(file) if form.name == "hf" else _timm(form, file, parts)
-    if source is not None and source.original is not None and source.original.grid == parts.student.grid and depth:
+        if depth:  # without blocks there is nothing to watch in a library's model
+            source = _transformers(file) if form.name == "hf" else _timm(form, file, parts)
+    if source is not None and source.original is not None and source.original.grid == parts.student.grid:
         source.original.mean, source.original.std = parts.student.mean, parts.student.std
         (found,) = source.original.hidden_states(pixels, [depth])
         return found, "timm's own model" if form.name != "hf" else "transformers' own model"

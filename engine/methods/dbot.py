@@ -94,8 +94,10 @@ class DBOT(nn.Module):
         """Rows that the loss reads, [B, c + M] int32 behind a prefix: the cls token if counted, the hidden patches.
 
         Raises:
-            UserError: nothing is hidden, or the teacher would not see what is.
+            UserError: a plan of another number of tokens, nothing is hidden, or the teacher would not see what is.
         """
+        if plan.tokens != self.student.grid.size:
+            raise UserError(f"plan: expected masks of {self.student.grid.size} tokens, got {plan.tokens}")
         if plan.teacher != plan.tokens:
             raise UserError(f"plan: expected a teacher that sees all {plan.tokens} tokens, got {plan.teacher}")
         if plan.student == plan.tokens and not self.options.cls:

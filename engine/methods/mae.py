@@ -98,6 +98,8 @@ class MAE(nn.Module):
         """Raise a UserError unless the plan is for this batch and hides something."""
         if len(plan.order) != len(batch.pixels):
             raise UserError(f"plan: expected {len(batch.pixels)} samples, got {len(plan.order)}")
+        if plan.tokens != self.student.grid.size:
+            raise UserError(f"plan: expected masks of {self.student.grid.size} tokens, got {plan.tokens}")
         if plan.student == plan.tokens:
             raise UserError("plan: expected at least one hidden token, got none")
 

@@ -1,28 +1,32 @@
 """The export format: safetensors with timm's key names, and a config.json that says what to rebuild.
 
-model.safetensors      the encoder          decoder.safetensors    its decoder, where there is one
-config.json            ``model_args`` and ``pretrained_cfg`` as timm writes them, ``decoder`` the decoder's sizes,
-                       ``cohobate`` where the weights came from
+model.safetensors      the encoder
+decoder.safetensors    its decoder, where there is one
+alignment.safetensors  AMD's projections and generators, where there are some
+config.json            ``model_args`` and ``pretrained_cfg`` as timm writes them; the sizes of the other two as
+                       ``decoder`` and ``alignment``; as ``cohobate`` where the weights came from
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.models.decoder import Decoder, PixelDecoder
-from cohobate.models.layers import Block, Precision
+from cohobate.models.layers import Block, Linear, Precision
 from cohobate.models.sizes import SIZES
 from cohobate.models.vit import VisionTransformer
 from cohobate.tokens import TokenGrid
 
 WEIGHTS, DECODER, CONFIG = "model.safetensors", "decoder.safetensors", "config.json"
+ALIGNMENT = "alignment.safetensors"
 LAYOUTS: dict[str, type[Decoder]] = {kind.layout: kind for kind in (Decoder, PixelDecoder)}
 
 
@@ -32,10 +36,11 @@ def export(
     decoder: nn.Module | None,
     about: dict[str, Any],
     interpolation: str = "bicubic",
+    alignment: nn.Module | None = None,
 ) -> Path:
-    """Write ``model.safetensors``, ``decoder.safetensors`` and ``config.json`` into ``folder``; fp32, on the CPU.
+    """Write the files that this module names into ``folder``; fp32, on the CPU.
 
-    ``about`` is kept in config.json; ``interpolation`` is how images were resized.
+    ``about`` is kept in config.json; ``interpolation`` is how images were resized; ``alignment`` is AMD's.
 
     ``timm.create_model("local-dir:<folder>")`` reads the encoder where it is one that timm can build.
     """
@@ -46,6 +51,10 @@ def export(
         save(folder / DECODER, decoder)
     if isinstance(decoder, Decoder):
         settings["decoder"] = describe_decoder(decoder)
+    if alignment is not None:
+        save(folder / ALIGNMENT, alignment)
+        if len(cast(nn.ModuleList, alignment.projections)) == len(cast(nn.ModuleList, alignment.generators)):
+            settings["alignment"] = describe_alignment(alignment)  # of others no published format can tell
     text = json.dumps(settings | {"cohobate": about}, indent=1)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return folder
@@ -120,6 +129,20 @@ def describe_decoder(decoder: Decoder) -> dict[str, Any]:
     }
 
 
+def describe_alignment(alignment: nn.Module) -> dict[str, int]:
+    """Sizes of AMD's projections, with a generator each: how many, the teacher's width, and a generator's blocks."""
+    projections = cast(nn.ModuleList, alignment.projections)
+    blocks = [block for block in alignment.modules() if isinstance(block, Block)]
+    width = cast(Linear, projections[0]).out_features
+    return {
+        "count": len(projections),
+        "width": width,
+        "depth": len(blocks) // max(len(cast(nn.ModuleList, alignment.generators)), 1),
+        "heads": blocks[0].attn.heads if blocks else 1,
+        "hidden": blocks[0].mlp.fc1.out_features if blocks else 4 * width,
+    }
+
+
 def find_export(path: str | Path) -> Path:
     """The export folder meant by ``path``: itself, or the last stage's of a run folder.
 
@@ -139,8 +162,8 @@ def load_encoder(path: str | Path, precision: Precision | None = None) -> Vision
     """Rebuild an encoder from a folder with ``model.safetensors`` and ``config.json``, or from the last of a run.
 
     Raises:
-        UserError: no export there; one that cannot be read; or one with missing, surplus or wrongly shaped keys, which
-            the message lists.
+        UserError: no export there; one that cannot be read, or has NaN or inf in a weight; or one with missing, surplus
+            or wrongly shaped keys, which the message lists.
     """
     folder = find_export(path)
     settings, found = _settings(folder), _tensors(folder / WEIGHTS)
@@ -148,17 +171,22 @@ def load_encoder(path: str | Path, precision: Precision | None = None) -> Vision
         hint = f"; for a Hugging Face folder write hf:{path}" if "model_type" in settings else ""
         raise UserError(f"weights: expected an export of this package in {str(folder)!r}, got another {CONFIG}{hint}")
     shape, shown = settings["model_args"], settings["pretrained_cfg"]
-    height, width = shape["img_size"]
-    model = VisionTransformer(
-        TokenGrid(
-            shape.get("frames", 1), height, width, (shape.get("tubelet", 1), *shape["patch_size"]), shape["in_chans"]
-        ),
-        shape["embed_dim"], shape["depth"], shape["num_heads"], shape["mlp_ratio"], shape["class_token"],
-        precision=precision, mean=shown["mean"], std=shown["std"], positions=shape.get("pos_embed", "sincos"),
-        layer_scale=shape.get("init_values"), relative_positions=shape.get("relative_positions", False),
-    )  # fmt: skip
+    with well_formed(folder):
+        model = VisionTransformer(
+            grid_of(shape),
+            shape["embed_dim"], shape["depth"], shape["num_heads"], shape["mlp_ratio"], shape["class_token"],
+            precision=precision, mean=shown["mean"], std=shown["std"], positions=shape.get("pos_embed", "sincos"),
+            layer_scale=shape.get("init_values"), relative_positions=shape.get("relative_positions", False),
+        )  # fmt: skip
     fill(model, found, str(folder))
     return model
+
+
+def grid_of(shape: Mapping[str, Any]) -> TokenGrid:
+    """The grid that ``model_args`` in config.json describe; a KeyError, TypeError or ValueError if they do not."""
+    height, width = shape["img_size"]
+    patch = (shape.get("tubelet", 1), *shape["patch_size"])
+    return TokenGrid(shape.get("frames", 1), height, width, patch, shape["in_chans"])
 
 
 def load_decoder(path: str | Path, encoder: VisionTransformer) -> Decoder | None:
@@ -173,10 +201,11 @@ def load_decoder(path: str | Path, encoder: VisionTransformer) -> Decoder | None
     shape = _settings(folder).get("decoder")
     if not isinstance(shape, dict) or shape.get("layout") not in LAYOUTS:
         raise UserError(f"weights: expected the decoder's sizes in {str(folder / CONFIG)!r}, found none that fit")
-    model = LAYOUTS[shape["layout"]](
-        encoder.grid, encoder.width, shape["out"], shape["width"], shape["depth"], shape["heads"], shape["mlp_ratio"],
-        encoder.prefix, precision=encoder.precision,
-    )  # fmt: skip
+    with well_formed(folder):
+        model = LAYOUTS[shape["layout"]](
+            encoder.grid, encoder.width, shape["out"], shape["width"], shape["depth"], shape["heads"],
+            shape["mlp_ratio"], encoder.prefix, precision=encoder.precision,
+        )  # fmt: skip
     fill(model, _tensors(folder / DECODER), str(folder / DECODER))
     return model
 
@@ -221,6 +250,18 @@ def check_keys(where: str, missing: Sequence[str], surplus: Sequence[str], shape
         raise UserError(f"source: the weights in {where!r} do not fit the model: {'; '.join(problems)}")
 
 
+@contextmanager
+def well_formed(folder: Path) -> Iterator[None]:
+    """Turn what a garbled config.json raises into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"weights: expected all sizes in {str(folder / CONFIG)!r}, got others ({what})") from error
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -233,6 +274,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(str(path))
+        found = load_file(str(path))
     except Exception as error:  # OSError, SafetensorError
         raise UserError(f"weights: cannot read the export in {str(path.parent)!r}: {error}") from error
+    for key, value in found.items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"weights: expected finite numbers in {path.parent}, got NaN or inf in {key}")
+    return found

@@ -152,13 +152,17 @@ class VisionTransformer(nn.Module):
         """Draw all weights anew: a function of the generator alone, the same on every device and rank.
 
         Linear and patch kernels are Xavier uniform, biases 0, norms 1 and 0, the cls token N(0, 0.02), the patch bias
-        uniform in +-1/sqrt(row length) (torch's convolution default), relative positions 0. ``keep_patch_bias`` leaves
-        the patch bias as it is, as the published dBOT code does at a stage boundary; its number is drawn all the same.
+        uniform in +-1/sqrt(row length) (torch's convolution default; of clips the patch kernel, too, as in VideoMAE),
+        relative positions 0. ``keep_patch_bias`` leaves the patch bias as it is, as the published dBOT code does at a
+        stage boundary; its number is drawn all the same.
         """
         draw(self, generator)
-        draw_xavier(self.patch_embed.proj.weight, generator)
-        bias = self.patch_embed.proj.bias
-        draw_uniform(torch.empty_like(bias) if keep_patch_bias else bias, self.grid.row_length**-0.5, generator)
+        kernel, bias, bound = self.patch_embed.proj.weight, self.patch_embed.proj.bias, self.grid.row_length**-0.5
+        if kernel.dim() == 5:
+            draw_uniform(kernel, bound, generator)
+        else:
+            draw_xavier(kernel, generator)
+        draw_uniform(torch.empty_like(bias) if keep_patch_bias else bias, bound, generator)
         if self.cls_token is not None:
             draw_normal(self.cls_token, 0.02, generator)
         if self.rel_pos_bias is not None:

@@ -100,7 +100,7 @@ def loss(run: Run) -> Figure | None:
             _loss_line(ax, *run.series(key, stage), key.removeprefix("loss/"), colour)
         ax.set_title(run.stage_name(stage))
         ax.set_xlabel("step")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         if len(ax.get_lines()) > 2:
             ax.legend()
     for ax in axes[:, 0]:
@@ -210,11 +210,11 @@ def signals(run: Run) -> Figure | None:
     for ax, (key, name) in zip(axes.flat, present.items()):
         for stage in run.stages:
             steps, values = run.series(key, stage)
-            ax.plot(steps, values, color=BLUE, linewidth=1.5, marker="o" if len(steps) < 12 else "", markersize=3)
+            ax.plot(steps, values, color=BLUE, linewidth=1.5, marker=_marker(steps), markersize=3)
         _from_zero(ax)
         ax.set_title(name)
         ax.set_xlabel("step of the run")
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         _mark_stages(ax, run)
     for ax in axes.flat[len(present) :]:
         ax.set_axis_off()
@@ -231,7 +231,8 @@ def throughput(run: Run) -> Figure | None:
     for stage in run.stages:
         steps, rate = run.series("perf/samples_s", stage)
         top.plot(steps, rate, color=GREEN, linewidth=1, alpha=0.3)
-        top.plot(steps, smoothed(rate, max(1, len(rate) // 25) | 1), color=GREEN, linewidth=2)
+        mean = smoothed(rate, max(1, len(rate) // 25) | 1)
+        top.plot(steps, mean, color=GREEN, linewidth=2, marker=_marker(steps), markersize=4)
     _from_zero(top)
     top.set_ylabel("samples / s")
     steps, wait = run.series("perf/data_wait")
@@ -241,20 +242,32 @@ def throughput(run: Run) -> Figure | None:
     low.yaxis.set_major_locator(MaxNLocator(3))
     low.set_ylabel("waiting\nfor data")
     low.set_xlabel("step of the run")
+    low.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    low.set_xlim(left=0)
     for ax in (top, low):
         _mark_stages(ax, run, named=ax is top)
     return made
 
 
+def _marker(steps: NDArray[np.float64]) -> str:
+    """A dot for a few points, of which a line would show too little."""
+    return "o" if len(steps) < 12 else ""
+
+
 def _mark_stages(ax: Axes, run: Run, named: bool = False) -> None:
     """A dotted line where each later stage begins, and the stages' names above it where there is room."""
     for stage in run.stages:
-        begin = min(float(row["step"]) for row in run.metrics if int(row.get("stage", 1)) == stage)
+        begin = _begin(run, stage)
         if stage != run.stages[0]:
             ax.axvline(begin, color=GREY, linestyle=":", linewidth=1)
         if named and len(run.stages) > 1:
             ax.annotate(run.stage_name(stage), (begin, 1), (3, 2), xycoords=("data", "axes fraction"),
                         textcoords="offset points", fontsize=8.5, color=GREY)  # fmt: skip
+
+
+def _begin(run: Run, stage: int) -> float:
+    """The last step that an earlier stage logged, or 0."""
+    return max((float(row["step"]) for row in run.metrics if int(row.get("stage", 1)) < stage), default=0.0)
 
 
 @styled
@@ -271,6 +284,7 @@ def time_spent(run: Run) -> Figure | None:
     position = np.arange(len(timing))
     left = np.zeros(len(timing))
     longest = max(sum(spent.values()) for spent in timing.values())
+    digits = 0 if longest > 30 else 1
     for index, part in enumerate(parts):
         seconds = np.array([spent.get(part, 0.0) for spent in timing.values()])
         if not seconds.any():
@@ -280,7 +294,7 @@ def time_spent(run: Run) -> Figure | None:
         ax.barh(position, seconds, 0.62, left, color=colour, hatch=hatch, label=part, edgecolor="white", linewidth=0.8)
         for y, (x, width) in enumerate(zip(left, seconds)):
             if width > 0.06 * longest:
-                ax.text(x + width / 2, y, f"{width:.0f} s", ha="center", va="center", fontsize=8.5,
+                ax.text(x + width / 2, y, f"{width:.{digits}f} s", ha="center", va="center", fontsize=8.5,
                         color="white" if index in (0, 5) else INK)  # fmt: skip
         left += seconds
     ax.set_yticks(position, [run.stage_name(int(name)) if name.isdigit() else name for name in timing])

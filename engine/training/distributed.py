@@ -37,8 +37,10 @@ def start(device: str = "auto") -> Ranks:
     """Join the process group if torchrun started us, and choose the device.
 
     Raises:
-        UserError: CUDA asked for where there is none.
+        UserError: another kind of device, or CUDA asked for where there is none.
     """
+    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
     kind = device
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"

@@ -236,3 +236,12 @@ def test_timm(tmp_path: Path, timm: Any) -> None:
         convert(tmp_path / "ours", tmp_path / "back", "timm", force=True)
         again = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True)
         close(again.forward_features(images).detach(), encoder(pixels).detach())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+@pytest.mark.usefixtures("timm")
+def test_a_model_without_blocks_is_compared_where_timm_imports(upstream: Any, tmp_path: Path) -> None:
+    """dBOT's first teacher of ViT-L and H: a library's model has no block to watch."""
+    source = upstream.save(tmp_path / "teacher.pth", upstream.encoder(0))
+    done = convert(source, tmp_path / "ours", "cohobate", hints=Hints(heads=4))
+    assert done.after is not None and done.after.oracle == "plain torch on the file's own keys"

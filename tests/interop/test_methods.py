@@ -13,10 +13,12 @@ from cohobate import interop
 from cohobate.errors import UserError
 from cohobate.interop import Hints
 from cohobate.masking import MaskPlan
-from cohobate.methods import AMDOptions
+from cohobate.methods import AMD, Alignment, AMDOptions
+from cohobate.models.exports import export
 
 IMAGE = Hints(heads=4, decoder_heads=2)
 CLIP = Hints(heads=4, decoder_heads=2, teacher_heads=6, image_size=(24, 24), frames=4)
+PAIRS = AMDOptions(direct=((2, 2), (4, 4)), generation=((2, 2), (4, 4)))
 TOLERANCE = 1e-5  # relative, both sides in fp32 with sums in another order
 
 
@@ -89,11 +91,10 @@ def test_amd(upstream: Any, tmp_path: Path, floating: bool) -> None:
     tokens = [0.02 * torch.randn(1, 1, 96, generator=upstream.generator) for _ in range(2)]
     pixels, mask = upstream.pixels(2, 4, 24, 24, 3), upstream.masked(2, 18, 4)
     seen = mask & (torch.cumsum(mask, 1) > 6)  # the teacher sees the first six that the student does not
-    options = AMDOptions(direct=((2, 2), (4, 4)), generation=((2, 2), (4, 4)))
     method = interop.load_amd(
         upstream.save(tmp_path / "checkpoint-199.pth", student),
         upstream.save(tmp_path / "teacher.pth", teacher),
-        options=options,
+        options=PAIRS,
         mask_tokens=tokens,
         hints=CLIP,
     )
@@ -135,3 +136,42 @@ def test_parts_that_do_not_go_together(upstream: Any, tmp_path: Path) -> None:
         interop.load_amd(amd, video, options=options, hints=CLIP)
     with pytest.raises(UserError, match="heads: expected a divisor of the width 64, got 5"):
         interop.load_dbot(dbot, dbot, hints=Hints(heads=5))
+
+
+def test_an_export_of_amd_is_a_file_of_amds(upstream: Any, tmp_path: Path) -> None:
+    """With its alignment, so that a run of our own can be read by the published code."""
+    weights = upstream.amd()
+    method = interop.load_amd(weights, upstream.finetuned(), options=PAIRS, hints=CLIP)
+    export(tmp_path / "ours", method.student, method.decoder, {"method": "amd"}, alignment=method.alignment)
+    interop.convert(tmp_path / "ours", tmp_path / "amd.pth", "amd")
+    found = interop.read(tmp_path / "amd.pth").weights
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        assert torch.equal(found[key], value) or ".norm." in key, key  # the generators' dead norms come back as 1 and 0
+
+
+def test_gradients_of_amd_without_generators(upstream: Any) -> None:
+    method = interop.load_amd(upstream.amd(), upstream.finetuned(), options=PAIRS, hints=CLIP)
+    options = AMDOptions(direct=PAIRS.direct, generation_weight=0.0)
+    alignment = Alignment(method.student, 96, 6, options)
+    direct = AMD(method.student, method.decoder, method.teacher, alignment, options)
+    mask = upstream.masked(2, 18, 4)
+    step = direct.loss(upstream.batch(upstream.pixels(2, 4, 24, 24, 3)), MaskPlan.from_boolean(mask))
+    step.total.backward()
+    found = interop.gradients(direct)
+    assert found["encoder.projection_heads.1.weight"].shape == (96, 64)
+    assert not any(key.startswith(("generators.", "projections.")) for key in found)
+
+
+def test_a_mask_of_another_size_and_gradients_of_another_module(upstream: Any) -> None:
+    mask = upstream.masked(2, 15, 4)
+    pixels = upstream.batch(upstream.pixels(2, 1, 32, 32, 3))
+    for method in (
+        interop.load_dbot(upstream.dbot(), upstream.encoder(1), hints=IMAGE),
+        interop.load_mae(upstream.mae(), hints=IMAGE),
+    ):
+        with pytest.raises(UserError, match="plan: expected masks of 16 tokens, got 15"):
+            method.loss(pixels, MaskPlan.from_boolean(mask))
+    module: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="method: expected DBOT, MAE or AMD, got Linear"):
+        interop.gradients(module)

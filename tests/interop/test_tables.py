@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from cohobate.cli.convert import FORMATS
 from cohobate.errors import UserError
 from cohobate.interop import amd, dbot, formats, mae, timm, videomae
 from cohobate.interop.coverage import Coverage
@@ -16,12 +17,14 @@ from cohobate.interop.parts import (
     VIDEO_DECODER_HEADS,
     AlignmentSizes,
     DecoderSizes,
+    Hints,
     Sizes,
     depth_of,
     heads_of,
     image_grid,
     ratio,
 )
+from cohobate.interop.reading import File
 from cohobate.interop.table import Entry
 from cohobate.models.positions import sincos_1d
 from cohobate.tokens import TokenGrid
@@ -60,6 +63,7 @@ def test_no_key_stands_twice_and_names_are_theirs() -> None:
         keys(table)
     )
     assert list(formats()) == ["cohobate", "hf", "amd", "videomae", "dbot-clip", "dbot", "mae", "timm"]
+    assert set(FORMATS) == set(formats())  # the command line names them without importing them
 
 
 def test_join_and_split_are_transposes() -> None:
@@ -90,7 +94,9 @@ def test_published_heads() -> None:
     assert heads_of(512, None, MAE_DECODER_HEADS) == 16
     for width, heads in ((192, 3), (384, 6), (512, 8), (640, 8)):
         assert heads_of(width, None, VIDEO_DECODER_HEADS) == heads
-    with pytest.raises(UserError, match="decoder-heads: expected a number, for a width of 100 is no published one"):
+    with pytest.raises(
+        UserError, match="decoder-heads: expected a number, which no published model of width 100 tells"
+    ):
         heads_of(100, None, {}, "decoder-heads")
 
 
@@ -119,11 +125,44 @@ def test_short_clips_keep_the_one_dimensional_table(upstream: Any) -> None:
     torch.testing.assert_close(method.decoder.pos_embed[0], sincos_1d(9, 32).float())
 
 
+def test_a_name_is_kept_only_if_it_is_the_same() -> None:
+    """``student.`` stands in no file; ``mask_token`` for ``decoder.mask_token`` is another name."""
+    assert (
+        Entry("student.norm.weight", ("norm.weight",)).kept
+        and Entry("decoder.mask_token", ("decoder.mask_token",)).kept
+    )
+    assert not Entry("decoder.mask_token", ("mask_token",)).kept
+    assert not Entry("student.pos_embed", ("pos_embed",), "patches").kept
+
+
+def test_numbers_below_one_are_refused() -> None:
+    for hints, said in (({"frames": 0}, "frames"), ({"decoder_heads": -1}, "decoder-heads")):
+        with pytest.raises(UserError, match=f"{said}: expected at least 1, got"):
+            Hints(**hints)
+    with pytest.raises(UserError, match=r"image-size: expected at least 1, got \(0, 32\)"):
+        Hints(image_size=(0, 32))
+
+
 def test_the_account_groups_blocks() -> None:
     account = Coverage("a file", [f"blocks.{i}.norm1.weight" for i in range(12)])
+    account.renamed += [(f"decoder_blocks.{i}.mlp.fc1.{part}", f"decoder.blocks.{i}.mlp.fc1.{part}")
+                        for i in range(2) for part in ("weight", "bias")]  # fmt: skip
+    account.renamed += [("head.weight", "fc.weight"), ("head.bias", "fc.bias"), ("cls", "token")]
+    account.renamed += [(f"b.{i}.q_bias + b.{i}.v_bias", f"b.{i}.qkv.bias") for i in range(2)]
     account.dropped += [("head.weight", "no classifier here"), ("head.bias", "no classifier here")]
     assert account.text().splitlines() == [
-        "a file: 12 loaded, 0 renamed, 2 dropped, 0 missing",
+        "a file: 12 loaded, 9 renamed, 2 dropped, 0 missing",
         "  loaded   blocks.* (12)",
+        "  renamed  decoder_blocks.* (4) -> decoder.blocks.*",
+        "  renamed  head.* (2) -> fc.*",
+        "  renamed  cls -> token",
+        "  renamed  b.*.q_bias + b.*.v_bias (2) -> b.*.qkv.bias",
         "  dropped  head.* (2): no classifier here",
     ]
+
+
+def test_guessed_heads_are_said(upstream: Any) -> None:
+    """A wrong guess would give other features without a word: both sides of the comparison have it."""
+    file = File("x", upstream.encoder(0))
+    assert mae.FORMAT.load(file)[1].notes == ["attention heads are in no such file: 1, by the width"]
+    assert mae.FORMAT.load(file, Hints(heads=4))[1].notes == []

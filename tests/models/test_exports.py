@@ -94,3 +94,24 @@ def test_exports_without_a_decoder_or_with_another_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"missing: blocks\.1\."):
         load_decoder(tmp_path, model)
+
+
+def test_a_garbled_export_is_one_clear_line(tmp_path: Path) -> None:
+    """A configuration without a size, of an odd size, and a weight that is not a number."""
+    model = encoder("plain")
+    export(tmp_path, model, None, {})
+    whole = json.loads((tmp_path / "config.json").read_text())
+    for key, value, said in (
+        ("embed_dim", None, "KeyError: 'embed_dim'"),
+        ("img_size", 16, "TypeError"),
+        ("patch_size", [8, "a"], "TypeError"),
+    ):
+        shape = {name: size for name, size in (whole["model_args"] | {key: value}).items() if size is not None}
+        (tmp_path / "config.json").write_text(json.dumps(whole | {"model_args": shape}))
+        with pytest.raises(UserError, match=f"expected all sizes in '.*config.json', got others .{said}"):
+            load_encoder(tmp_path)
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    export(tmp_path, model, None, {})
+    with pytest.raises(UserError, match=r"expected finite numbers in .*, got NaN or inf in norm\.weight"):
+        load_encoder(tmp_path)

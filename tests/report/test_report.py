@@ -253,3 +253,14 @@ def test_matplotlibs_settings_are_left_alone(folder: Path) -> None:
     before = dict(matplotlib.rcParams)
     write_report(folder)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_one_point_a_stage_is_seen(tmp_path: Path) -> None:
+    """A line of one point shows nothing; a stage begins where the one before it ended."""
+    rows = [{"step": 16 * stage, "stage": stage, "perf/samples_s": 100.0 * stage} for stage in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    figure = plots.throughput(read_run(tmp_path))
+    assert figure is not None
+    lines = figure.axes[0].get_lines()
+    assert [line.get_marker() for line in lines if line.get_linewidth() == 2] == ["o", "o"]
+    assert [line.get_xdata() for line in lines if line.get_linestyle() == ":"] == [[16.0, 16.0]]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from cohobate.errors import UserError
+from cohobate.models.exports import check_keys
 from cohobate.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from cohobate.teacher.anatomy import Anatomy, BlockWeights
-from cohobate.teacher.sources.own import check_keys
 from cohobate.teacher.sources.parts import Norms, activation, first, is_silu, linear, patch_rows, stacked
 from cohobate.teacher.sources.source import (
     TOLERANCE,

@@ -11,15 +11,10 @@ from torch import Tensor
 
 from cohobate.errors import UserError
 from cohobate.models import SIZES, Precision, VisionTransformer, build
-from cohobate.models.exports import CONFIG, WEIGHTS, check_keys, find_export, load_encoder
+from cohobate.models.exports import load_encoder
 from cohobate.models.layers import NORM_EPS
 from cohobate.teacher.anatomy import Affine, Anatomy, BlockWeights
 from cohobate.teacher.sources.source import Original, Source, assemble
-
-__all__ = [
-    "CONFIG", "WEIGHTS", "check_keys", "find_export", "from_encoder", "from_export", "from_random", "load_encoder",
-    "read",
-]  # fmt: skip
 
 
 def from_encoder(model: VisionTransformer, name: str = "encoder") -> Source:

@@ -84,7 +84,7 @@ def test_random_with_a_wrong_option(spec: str, message: str) -> None:
 
 
 def exported(folder: Path, model: VisionTransformer) -> Path:
-    from cohobate.training.exports import export
+    from cohobate.models.exports import export
 
     return export(folder, model, None, {"stage": 0})
 
