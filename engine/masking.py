@@ -3,26 +3,36 @@
 ``order`` [B, N] lists the tokens of a sample: the first ``student`` of them are visible to the student, the first
 ``teacher`` >= ``student`` to the teacher, the rest to neither. So "what the student sees, the teacher sees" holds by
 construction, counts are Python ints, indices are tensors: shapes are static and nothing waits for the device.
+
+Four kinds are drawn here (:func:`mask_plan`): random, tube, block and inverse block. All of them are integer functions
+of (seed, stage, epoch, sample id, view), so batch, worker, rank and device do not matter.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from cohobate.errors import UserError
 from cohobate.kernels.tokens import random_order
+from cohobate.kernels.tokens.order import philox_reference
 from cohobate.tokens import TokenGrid
 
+KINDS = ("random", "block", "inverse_block", "tube")
 ROUNDINGS = ("keep", "mask")
 # The stream word of the random numbers: 10 bits of stage, 22 bits of epoch.
 _STAGE_BITS, _EPOCH_BITS = 10, 22
 # From one view's seed to the next: odd, so that no two of 2**64 views share one.
 _NEXT_VIEW = 0x9E3779B97F4A7C15
+# Blocks drawn for each sample, and shapes (evenly spaced in the logarithm of the aspect ratio) for each area.
+_BLOCKS, _ASPECTS = 24, 64
+# Where the counters of blocks begin; those of random_order count up from 0, so the two never meet.
+_BLOCK_COUNTER = 1 << 31
+_WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,84 @@ def kept(tokens: int, ratio: float, rounding: str = "keep") -> int:
     return count
 
 
+def mask_plan(
+    grid: TokenGrid,
+    sample_ids: Tensor,
+    *,
+    kind: str = "random",
+    seed: int,
+    stage: int,
+    epoch: int,
+    ratio: float,
+    count: int | None = None,
+    teacher_ratio: float | None = None,
+    rounding: str = "keep",
+    masks: int = 1,
+    block_min: int = 16,
+    block_aspect: float = 0.3,
+) -> MaskPlan:
+    """Masks, a pure function of (seed, stage, epoch, sample id, view): batch, worker, rank and device do not matter.
+
+    Args:
+        grid: the token grid.
+        sample_ids: [B] int64; the plan lives on their device.
+        kind: "random": tokens are hidden one by one (MAE). "block": rectangles are hidden until enough tokens are
+            (BEiT, Bao et al., ICLR 2022, algorithm 1); "inverse_block": such rectangles are what stays visible
+            (CAPI, Darcet et al., 2025). "tube": random in space, the same in every frame (VideoMAE, Tong et al.,
+            NeurIPS 2022); blocks too are the same in every frame.
+        seed: up to 64 bits.
+        stage, epoch: below 2**10 and 2**22.
+        ratio: share of tokens hidden from the student.
+        count: how many tokens are hidden from the student, of a frame where frames are alike; wins over ``ratio``.
+        teacher_ratio: share hidden from the teacher, at most the student's; None or 0 shows it everything.
+        rounding: "keep" or "mask", see :func:`kept`.
+        masks: M, independent masks of each sample. Whatever M is, view 0 is what a single mask would be.
+        block_min, block_aspect: smallest area of a block and smallest ratio of its sides, see :func:`block_order`.
+
+    Returns:
+        A plan of [M * B, N] whose segments ascend (raster order): all samples of view 0, then all of view 1, ...
+        Counts are exact, those of blocks too: the last block is cut off where enough tokens are hidden.
+
+    Raises:
+        UserError: an unknown kind, a ratio or count that leaves the student nothing, a teacher that would see less than
+            the student, a stage or epoch out of range, or no mask at all.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
+    if masks < 1:
+        raise UserError(f"masks: expected at least 1, got {masks}")
+    for name, value, bits in (("stage", stage, _STAGE_BITS), ("epoch", epoch, _EPOCH_BITS)):
+        if not 0 <= value < 1 << bits:
+            raise UserError(f"{name}: expected a number in [0, 2**{bits}), got {value}")
+    frames = 1 if kind == "random" else grid.shape[0]
+    places = grid.size // frames
+    if count is not None and not 0 <= count < places:
+        raise UserError(f"count: expected 0 to {places - 1} of {places} tokens, got {count}")
+    student = kept(places, ratio, rounding) if count is None else places - count
+    teacher = places if teacher_ratio is None else kept(places, teacher_ratio, rounding)
+    if teacher < student:
+        least = f"at least the student's {student} of {places} tokens visible"
+        raise UserError(f"teacher_ratio: expected one that leaves {least}, got {teacher_ratio}, which leaves {teacher}")
+
+    def drawn(view: int) -> Tensor:
+        """[B, places] int32, what the student sees first."""
+        stream, key = stage << _EPOCH_BITS | epoch, (seed + view * _NEXT_VIEW) % (1 << 64) if view else seed
+        if "block" not in kind:
+            return random_order(sample_ids, places, seed=key, stream=stream)
+        wanted = student if kind == "inverse_block" else places - student
+        order = block_order(
+            sample_ids, grid.shape[1:], wanted, seed=key, stream=stream, smallest=block_min, aspect=block_aspect
+        )
+        return order if kind == "inverse_block" else order.flip(1)
+
+    order = drawn(0) if masks == 1 else torch.cat([drawn(view) for view in range(masks)])
+    segments = [part.sort(dim=1).values for part in order.tensor_split([student, teacher], dim=1)]
+    if frames > 1:
+        offsets = torch.arange(frames, dtype=torch.int32, device=order.device).view(1, -1, 1) * places
+        segments = [(part.unsqueeze(1) + offsets).flatten(1) for part in segments]
+    return MaskPlan(torch.cat(segments, dim=1), student * frames, teacher * frames)
+
+
 def random_plan(
     grid: TokenGrid,
     sample_ids: Tensor,
@@ -156,43 +244,96 @@ def random_plan(
     tube: bool = False,
     masks: int = 1,
 ) -> MaskPlan:
-    """Random masks, a pure function of (seed, stage, epoch, sample id, view): batch, worker and rank do not matter.
+    """:func:`mask_plan` of kind "random", or "tube"."""
+    return mask_plan(
+        grid,
+        sample_ids,
+        kind="tube" if tube else "random",
+        seed=seed,
+        stage=stage,
+        epoch=epoch,
+        ratio=ratio,
+        teacher_ratio=teacher_ratio,
+        rounding=rounding,
+        masks=masks,
+    )
+
+
+def block_order(
+    sample_ids: Tensor,
+    shape: tuple[int, int],
+    wanted: int,
+    *,
+    seed: int,
+    stream: int = 0,
+    smallest: int = 16,
+    aspect: float = 0.3,
+) -> Tensor:
+    """Tokens in the order in which random blocks cover them, so that the first ``wanted`` are a block mask.
+
+    As in BEiT's algorithm 1, one block after the other is drawn: its area evenly from ``smallest`` to what is still
+    wanted, its height over its width from [aspect, 1 / aspect], evenly in the logarithm, its place evenly. Differences:
+    areas are whole numbers and there are 64 ratios, so that everything is integers and no device rounds otherwise; a
+    side longer than the grid is cut to it, where BEiT draws again; the last block is cut off, in raster order, where
+    BEiT may end a few tokens short.
 
     Args:
-        grid: the token grid.
-        sample_ids: [B] int64; the plan lives on their device.
-        seed: up to 64 bits.
-        stage, epoch: below 2**10 and 2**22.
-        ratio: share of tokens hidden from the student.
-        teacher_ratio: share hidden from the teacher, at most ``ratio``; None or 0 shows it everything.
-        rounding: "keep" or "mask", see :func:`kept`.
-        tube: the same spatial mask in every frame (VideoMAE, Tong et al., NeurIPS 2022); counts round per frame.
-        masks: M, independent masks of each sample. Whatever M is, view 0 is what a single mask would be.
+        sample_ids: [B] int64. shape: (rows, columns) of the grid.
+        wanted: tokens that a mask takes; later blocks have the smallest area.
+        seed, stream: as in :func:`cohobate.kernels.tokens.random_order`.
+        smallest: area of the smallest block. Where fewer than four of them are wanted, a quarter of ``wanted``, so
+            that small grids have masks of several blocks too.
+        aspect: smallest height over width, in (0, 1].
 
     Returns:
-        A plan of [M * B, N] whose segments ascend (raster order): all samples of view 0, then all of view 1, ...
+        [B, rows * columns] int32: block after block, in raster order inside each. Tokens that none of the 24 blocks has
+        covered come last, in random order: of 4,000 masks of 14 x 14 tokens none needs them where half the tokens are
+        wanted, 1.5 % need a few where three quarters are.
 
     Raises:
-        UserError: a ratio that leaves the student nothing, a teacher that would see less than the student, a stage or
-            epoch out of range, or no mask at all.
+        UserError: a block without area, or a ratio out of range.
     """
-    if masks < 1:
-        raise UserError(f"masks: expected at least 1, got {masks}")
-    for name, value, bits in (("stage", stage, _STAGE_BITS), ("epoch", epoch, _EPOCH_BITS)):
-        if not 0 <= value < 1 << bits:
-            raise UserError(f"{name}: expected a number in [0, 2**{bits}), got {value}")
-    if teacher_ratio is not None and teacher_ratio > ratio:
-        raise UserError(f"teacher_ratio: expected at most the student's ratio {ratio}, got {teacher_ratio}")
-    frames = grid.shape[0] if tube else 1
-    places = grid.size // frames
-    student = kept(places, ratio, rounding)
-    teacher = places if teacher_ratio is None else kept(places, teacher_ratio, rounding)
-    stream = stage << _EPOCH_BITS | epoch
-    seeds = [seed, *((seed + view * _NEXT_VIEW) % (1 << 64) for view in range(1, masks))]
-    orders = [random_order(sample_ids, places, seed=view, stream=stream) for view in seeds]
-    order = orders[0] if masks == 1 else torch.cat(orders)
-    segments = [part.sort(dim=1).values for part in order.tensor_split([student, teacher], dim=1)]
-    if tube:
-        offsets = torch.arange(frames, dtype=torch.int32, device=order.device).view(1, -1, 1) * places
-        segments = [(part.unsqueeze(1) + offsets).flatten(1) for part in segments]
-    return MaskPlan(torch.cat(segments, dim=1), student * frames, teacher * frames)
+    if smallest < 1:
+        raise UserError(f"block_min: expected at least 1 token, got {smallest}")
+    if not 0 < aspect <= 1:
+        raise UserError(f"block_aspect: expected a number in (0, 1], got {aspect}")
+    rows, columns = shape
+    size, device = rows * columns, sample_ids.device
+    smallest = min(smallest, max(1, wanted // 4))
+    for_area, for_aspect, for_top, for_left = _block_words(sample_ids, seed, stream)
+    level = (for_aspect * _ASPECTS) >> 32
+    sides = _block_sides(rows, columns, aspect, device)
+    row = torch.arange(rows, device=device).view(1, rows, 1)
+    column = torch.arange(columns, device=device).view(1, 1, columns)
+    cover = torch.full((len(sample_ids), rows, columns), _BLOCKS, device=device)  # the block that covers a token first
+    for block in range(_BLOCKS):
+        left_over = wanted - (cover < block).sum((1, 2))
+        area = smallest + ((for_area[:, block] * (left_over - smallest + 1).clamp_min(1)) >> 32)
+        height, width = sides[area, level[:, block]].view(-1, 1, 1, 2).unbind(-1)
+        top = (for_top[:, block].view(-1, 1, 1) * (rows - height + 1)) >> 32
+        left = (for_left[:, block].view(-1, 1, 1) * (columns - width + 1)) >> 32
+        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        cover = torch.where(inside, cover.clamp(max=block), cover)
+    cover = cover.flatten(1)
+    scattered = random_order(sample_ids, size, seed=seed, stream=stream)
+    key = cover * size + torch.where(cover < _BLOCKS, torch.arange(size, device=device), scattered)
+    return key.argsort(dim=1).to(torch.int32)
+
+
+def _block_words(sample_ids: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random 32-bit words a block, [B, blocks] int64 each; word * n >> 32 is a number below n."""
+    ids = sample_ids.view(-1, 1)
+    zero = torch.zeros(len(sample_ids), _BLOCKS, dtype=torch.int64, device=ids.device)
+    block = torch.arange(_BLOCK_COUNTER, _BLOCK_COUNTER + _BLOCKS, device=ids.device)
+    counter = (zero + block, zero + (ids & _WORD), zero + ((ids >> 32) & _WORD), zero + stream)
+    return philox_reference(counter, (seed & _WORD, (seed >> 32) & _WORD))
+
+
+@lru_cache(maxsize=16)
+def _block_sides(rows: int, columns: int, aspect: float, device: torch.device) -> Tensor:
+    """(height, width) of a block by area and ratio, [N + 1, 64, 2] int64: computed on the CPU, whatever the device."""
+    middles = [(1 - 2 * (level + 0.5) / _ASPECTS) * math.log(aspect) for level in range(_ASPECTS)]
+    ratio = torch.tensor([math.exp(middle) for middle in middles], dtype=torch.float64)
+    area = torch.arange(rows * columns + 1, dtype=torch.float64).view(-1, 1)
+    height, width = (area * ratio).sqrt().round().clamp(1, rows), (area / ratio).sqrt().round().clamp(1, columns)
+    return torch.stack([height, width], dim=-1).long().to(device)

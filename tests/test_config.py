@@ -11,28 +11,33 @@ from cohobate.config import Config, StageConfig, TeacherConfig, assign, check, d
 from cohobate.errors import UserError
 
 RECIPES = configuration.recipes()
-
-
-def test_the_promised_recipes_are_shipped() -> None:
-    sizes = {f"dbot_vit_{size}" for size in ("small", "base", "large", "huge")}
-    assert {"demo", "demo-random", "mae_vit_base"} | sizes <= set(RECIPES)
+NEED_A_TEACHER = ("_from_large", "_from_huge", "_ssv2")  # only its owner knows where it is
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_loads_and_its_dump_is_the_same_recipe(name: str, tmp_path: Path) -> None:
-    config = load(name)
+    needs_teacher = name.endswith(NEED_A_TEACHER)
+    config = load(name, ["stages.0.teacher.spec=runs/larger"] if needs_teacher else [])
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(str(tmp_path / "config.yaml")) == config
 
 
-def test_published_dbot_settings() -> None:
-    """methods: dBOT's released commands for B, L and H differ in the first teacher, drop path and clipping."""
-    base, large, huge = (load(f"dbot_vit_{size}") for size in ("base", "large", "huge"))
-    assert [s.epochs for s in base.stages] == [800, 800] and base.optimizer.clip == 3.0
-    assert [c.stages[0].teacher.depth for c in (base, large, huge)] == [None, 0, 0]
-    assert [c.model.drop_path for c in (base, large, huge)] == [0.2, 0.2, 0.3]
-    assert large.optimizer.clip is None and huge.model.patch == 14
-    assert all(c.dbot.beta == 2.0 and c.dbot.standardise and not c.dbot.final_norm for c in (base, large, huge))
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(NEED_A_TEACHER)])
+def test_a_recipe_that_needs_a_teacher_says_so(name: str) -> None:
+    with pytest.raises(UserError, match=r"stages\.0\.teacher\.spec: expected what to load .*, got None"):
+        load(name)
+
+
+def test_one_word_for_all_published_defects(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: demo\ncompat: upstream\n")
+    every = configuration.CompatConfig(True, True, True, True)
+    assert load(str(path)).compat == load("demo", ["compat=upstream"]).compat == every
+    documented = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert all(f"`compat.{flag}`" in documented for flag in configuration.to_dict(every))
+    assert load("demo").compat == load(str(path), ["compat=none"]).compat == configuration.CompatConfig()
+    but = load("demo", ["compat=upstream", "compat.keep_optimizer=false"]).compat
+    assert (but.unsynchronised_reset, but.keep_optimizer, but.keep_patch_bias) == (True, False, True)
 
 
 def test_overrides_are_typed_and_ordered() -> None:
@@ -83,6 +88,17 @@ WRONG = {
     "stages.1.teacher.layer=0": ["stages.1.teacher.layer: expected 1 or more"],
     "stages.1.teacher={source: previous, layer: 2, depth: 1}": ["teacher.layer: expected null where teacher.depth"],
     "stages.1.teacher={source: random, resize: pixels}": ["stages.1.teacher.resize: expected none", "got pixels"],
+    "mask.kind=blocks": ["mask.kind: expected one of random, block, inverse_block, tube; got 'blocks'", "'block'"],
+    "mask.count=64": ["mask.count: expected 1 to 63 of 64 tokens, got 64"],
+    "mask.block_min=0": ["mask.block_min: expected more than 0, got 0"],
+    "mask.block_aspect=2": ["mask.block_aspect: expected more than 0 and at most 1, got 2.0"],
+    "model.layer_scale=0": ["model.layer_scale: expected null or more than 0, got 0.0"],
+    "dbot.student=symmetric": ["stages.0.set.dbot.student: expected asymmetric, for method mae has a decoder"],
+    "stages.1.teacher.momentum=1": ["stages.1.teacher.momentum: expected null or 0 <= momentum < 1, got 1.0"],
+    "stages.1.teacher.every=0": ["stages.1.teacher.every: expected more than 0, got 0"],
+    "stages.1.teacher={source: file, path: x, momentum: 0.9}": ["teacher.momentum: expected null, for only", "got 0.9"],
+    "stages.1.teacher={source: model, spec: x, momentum: 0.9}": ["momentum: expected null, for only a teacher with"],
+    "compat=upstraem": ["compat: expected upstream, none or a section of keys, got 'upstraem'"],
     "mask.masks=0": ["mask.masks: expected more than 0, got 0"],
     "mask.masks=2": ["stages.0.set.mask.masks: expected 1, for method mae has no teacher to share, got 2"],
     "stages.1.teacher.source=file": ["stages.1.teacher.path: expected a path"],
@@ -103,6 +119,71 @@ def test_a_wrong_key_or_value_is_one_clear_line(override: str) -> None:
     assert "\n" not in message
     for part in WRONG[override]:
         assert part in message
+
+
+CLIPS = [
+    "data.frames=8",
+    "data.repeats=4",
+    "data.crop=multi_scale",
+    "data.generate=video",
+    "model.patch=8",
+    "model.tubelet=2",
+    "mask={kind: tube, ratio: 0.9, teacher_ratio: 0.75, rounding: mask}",
+    "amd={direct: [[1, 2]], generation: [[1, 2]]}",
+    "stages=[{name: teacher, method: videomae}, {name: amd, method: amd, teacher: {source: previous}}]",
+]
+# 16 places a frame: the student sees 2 of them, the teacher 4.
+WRONG_CLIPS = {
+    "data.frames=7": ["data.frames: expected a multiple of model.tubelet=2, such as 6, got 7"],
+    "model.tubelet=0": ["model.tubelet: expected more than 0, got 0"],
+    "model.tubelet=3": ["data.frames: expected a multiple of model.tubelet=3, such as 6, got 8"],
+    "data.stride=0": ["data.stride: expected more than 0"],
+    "data.repeats=3": ["data.batch_size: expected a multiple of data.repeats=3, got 64"],
+    "data.generate=small": ["data.generate: expected video for clips, got small"],
+    "mask.ratio=0": ["mask.ratio: expected between 0 and 1, got 0.0"],
+    "mask.ratio=0.05": ["mask.ratio: expected a ratio that keeps 1 to 15 of 16 tokens, got 0.05, which keeps 16"],
+    "mask.teacher_ratio=null": ["mask.teacher_ratio: expected more than 0 and less than the student's 0.9", "got None"],
+    "mask.teacher_ratio=0": ["mask.teacher_ratio: expected more than 0 and less than the student's 0.9", "got 0.0"],
+    "mask.teacher_ratio=0.95": ["expected more than 0 and less than the student's 0.9 (mask.ratio)", "got 0.95"],
+    "mask.teacher_ratio=0.89": ["shows the teacher 3 to 15 of 16 tokens", "which shows 2 and leaves 0 to generate"],
+    "mask.teacher_ratio=0.03": ["shows the teacher 3 to 15 of 16 tokens", "got 0.03, which shows 16"],
+    "mask.masks=2": ["stages.0.set.mask.masks: expected 1, for method videomae has no teacher to share, got 2"],
+    "stages.0.teacher.source=random": ["stages.0.teacher.source: expected none, for method videomae has no teacher"],
+    "stages.1.teacher.source=random": ["stages.1.teacher.source: expected previous, file or model for method amd"],
+    "stages.1.teacher.source=none": ["stages.1.teacher.source: expected previous, file or model for method amd"],
+    "stages.1.teacher.layer=2": ["stages.1.teacher.layer: expected null, for amd.direct and amd.generation name"],
+    "stages.1.teacher.momentum=0.9": ["stages.1.teacher.momentum: expected null for method amd, got 0.9"],
+    "stages=[{name: amd, method: amd, teacher: {source: previous}}]": [
+        "expected file or model for method amd in the f"
+    ],
+    "amd.direct=[[0, 1]]": ["amd.direct: expected pairs of blocks from 1, got [[0, 1]]"],
+    "amd.generation=[]": ["amd.generation: expected at least one pair, or amd.generation_weight=0, got []"],
+    "amd.direct=[[1, 2, 3]]": ["amd.direct.0: expected a list of 2, got [1, 2, 3]"],
+    "amd.pixel_weight=0": ["amd.pixel_weight: expected more than 0"],
+    "amd={direct_weight: 0, generation_weight: 0}": ["expected one above 0 (else it is videomae)"],
+    "amd.loss=mse": ["amd.loss: expected one of l2, l1, smooth_l1; got 'mse'"],
+}
+
+
+@pytest.mark.parametrize("override", WRONG_CLIPS)
+def test_what_clips_and_two_masks_cannot_be(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("demo", [*CLIPS, override])
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in WRONG_CLIPS[override]), message
+
+
+@pytest.mark.parametrize("override", ["data.repeats=2", "data.crop=multi_scale", "data.generate=video"])
+def test_what_only_clips_can_be(override: str) -> None:
+    with pytest.raises(UserError, match=r"data\.\w+: expected .* for images"):
+        load("demo", [override])
+
+
+def test_a_ratio_is_of_what_one_mask_covers() -> None:
+    """Tubes share a frame's 16 places; a random mask of the whole clip has 64, so more ratios are possible."""
+    with pytest.raises(UserError, match=r"mask\.ratio: expected a ratio that keeps 1 to 15 of 16 tokens"):
+        load("demo", [*CLIPS, "mask.rounding=keep", "mask.ratio=0.95"])
+    load("demo", [*CLIPS, "mask.rounding=keep", "mask.ratio=0.95", "mask.kind=random"])
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

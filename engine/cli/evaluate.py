@@ -239,7 +239,7 @@ def _sampled(options: argparse.Namespace, grid: TokenGrid, recipe: FinetuneRecip
 def _pretrained(weights: str) -> dict[str, Any]:
     """Stride and sampling of the run that an export is of; nothing where it is of none."""
     from cohobate import config
-    from cohobate.training.exports import find_export
+    from cohobate.models.exports import find_export
 
     folder = None if _foreign(weights) else find_export(weights).resolve().parent
     if folder is None or folder.name != "exports" or not (folder.parent / "config.yaml").is_file():
@@ -293,7 +293,7 @@ def _save(
     """``model.safetensors`` with timm's keys and ``config.json``, in a folder that is written aside and renamed."""
     from safetensors.torch import save_file
 
-    from cohobate.training.exports import describe
+    from cohobate.models.exports import describe
 
     classes = model.head.out_features
     config = describe(model.encoder, interpolation)

@@ -9,6 +9,7 @@ from cohobate.config.checking import check, for_stage
 from cohobate.config.conversion import assign, flatten, suggestion, to_dict
 from cohobate.config.reading import bound, dump, fingerprint, from_dict, load, recipes
 from cohobate.config.schema import (
+    AmdConfig,
     CheckpointConfig,
     CompatConfig,
     Config,
@@ -28,6 +29,7 @@ from cohobate.config.schema import (
 )
 
 __all__ = [
+    "AmdConfig",
     "CheckpointConfig",
     "CompatConfig",
     "Config",

@@ -96,6 +96,8 @@ def _members(kind: Any) -> tuple[Any, ...]:
 def convert(value: Any, kind: Any, key: str) -> Any:
     """``value`` as the annotated type, or a UserError that names ``key``."""
     if dataclasses.is_dataclass(kind):
+        if isinstance(value, str) and hasattr(kind, "from_word"):  # a section that a single word may fill
+            return kind.from_word(value)
         if not isinstance(value, Mapping):
             raise _wrong(key, "a section of keys", value)
         hints = _hints(kind)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from cohobate.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,8 @@ class ModelConfig:
     """Named size; width, depth and heads given beside it win."""
     patch: int = 16
     """Side of a square patch, pixels."""
+    tubelet: int = 1
+    """Frames of a patch; 2 for clips (VideoMAE, AMD)."""
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
@@ -21,6 +25,12 @@ class ModelConfig:
     cls_token: bool = True
     drop_path: float = 0.0
     """Stochastic depth of the last block; earlier blocks rise to it linearly."""
+    positions: Literal["sincos", "none"] = "sincos"
+    """Fixed sine-cosine positions added to the patches, or none."""
+    layer_scale: float | None = None
+    """First value of a learned factor for each channel of a block's branches; null: no factors."""
+    relative_positions: bool = False
+    """A learned bias of attention by the distance of two patches, shared by all blocks (BEiT)."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +46,32 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images, and how a training sample is cut from one."""
+    """Images or videos, and how a training sample is cut from one."""
 
     root: str = ""
-    """Folder (flat, nested or one folder a class) or a text file that lists images."""
-    generate: Literal["small", "large"] | None = None
+    """Folder (flat, nested or one folder a class) or a text file that lists images or videos; or a folder of shards."""
+    generate: Literal["small", "large", "video"] | None = None
     """Variant of the generated data set to make when `root` does not exist."""
+    frames: int = 1
+    """Frames of a clip; 1: images."""
+    stride: int = 4
+    """From one frame of a clip to the next (Kinetics 4, Something-Something 2)."""
+    sampling: Literal["contiguous", "linspace", "segments"] = "contiguous"
+    """contiguous: each stride-th frame of a window (Kinetics); linspace: evenly over the window, both ends included
+    (Something-Something); segments: over the whole video."""
+    repeats: int = 1
+    """Crops of a clip in a batch, each with a mask of its own: they share one decode (repeated sampling)."""
     image_size: tuple[int, int] = (224, 224)
     """Height and width; one number means a square."""
     channels: int = 3
     batch_size: int = 64
-    """Images a rank takes in one forward pass; an update sees batch_size x optimizer.accumulate x ranks."""
+    """Images or clips a rank takes in one forward pass, every crop counted; an update sees batch_size x
+    optimizer.accumulate x ranks."""
     loader: Literal["auto", "torch", "dali-cpu", "dali-gpu"] = "auto"
     workers: int = 2
+    crop: Literal["random_resized", "multi_scale"] = "random_resized"
+    """random_resized: `scale` and `ratio`; multi_scale: sides of 1, 7/8, 3/4 or 0.66 of the short side, 13 places
+    (clips only: VideoMAE, AMD)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area that a random crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -67,17 +90,31 @@ class DataConfig:
 class MaskConfig:
     """Which patches the student does not see."""
 
+    kind: Literal["random", "block", "inverse_block", "tube"] = "random"
+    """random: one by one (MAE); block: rectangles are hidden (BEiT); inverse_block: rectangles stay visible; tube: the
+    same patches in every frame of a clip (VideoMAE)."""
     ratio: float = 0.75
+    count: int | None = None
+    """Patches that are hidden; wins over ratio."""
+    teacher_ratio: float | None = None
+    """Share hidden from the teacher (amd), less than `ratio`; what the student sees, it sees too."""
     rounding: Literal["keep", "mask"] = "keep"
     """keep: floor(N(1-ratio)) patches are seen (MAE, dBOT); mask: floor(ratio N) are hidden (VideoMAE, AMD)."""
     masks: int = 1
     """Masks of each crop in an update (dbot): the teacher runs once for all of them, the student on each."""
+    block_min: int = 16
+    """Patches of the smallest block; at most a quarter of what is wanted."""
+    block_aspect: float = 0.3
+    """Smallest height over width of a block; the largest is 1 / block_aspect."""
 
 
 @dataclass(frozen=True)
 class DbotConfig:
     """The feature-alignment term (dBOT, Liu et al., ICLR 2024)."""
 
+    student: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """asymmetric: the encoder sees the visible patches, a decoder predicts; symmetric: the encoder sees mask tokens too
+    and a linear head predicts (BEiT; dBOT with CLIP as teacher)."""
     loss: Literal["smooth_l1", "mse", "l1", "cosine"] = "smooth_l1"
     beta: float = 2.0
     standardise: bool = True
@@ -90,10 +127,30 @@ class DbotConfig:
 
 @dataclass(frozen=True)
 class MaeConfig:
-    """The pixel term (MAE, He et al., CVPR 2022)."""
+    """The pixel term (MAE, He et al., CVPR 2022; VideoMAE, Tong et al., NeurIPS 2022)."""
 
     normalise: bool = True
     """Standardise the pixels of each target patch."""
+
+
+@dataclass(frozen=True)
+class AmdConfig:
+    """The two alignment terms beside the pixels (AMD, Zhao et al., CVPR 2024)."""
+
+    direct: tuple[tuple[int, int], ...] = ((6, 12), (12, 24))
+    """Pairs of (student block, teacher block), 1-based, compared at the tokens that both see."""
+    generation: tuple[tuple[int, int], ...] = ((6, 12), (12, 24))
+    """Pairs compared at the tokens that the teacher alone sees; a generator each."""
+    loss: Literal["l2", "l1", "smooth_l1"] = "l2"
+    reduction: Literal["mean", "sum"] = "mean"
+    """Over the pairs of a term: mean as in the published code, sum as in the paper."""
+    pixel_weight: float = 1.0
+    direct_weight: float = 1.0
+    generation_weight: float = 1.0
+    generator_depth: int = 2
+    """Blocks of a generator, of the teacher's width and heads."""
+    align_cls: bool = True
+    """Images: direct alignment counts the class token."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +165,8 @@ class TeacherConfig:
     depth: int | None = None
     """Blocks kept; 0 leaves patch embedding and positions (dBOT's first teacher for ViT-L and ViT-H). None: all."""
     layer: int | None = None
-    """The block whose output is the target, 1-based; nothing behind it runs. None: the last. The same as `depth`."""
+    """The block whose output is the target, 1-based; nothing behind it runs. None: the last. The same as `depth`.
+    With method amd the pairs of `amd` say it."""
     path: str | None = None
     """For source=file: an export's folder, or a run's."""
     spec: str | None = None
@@ -116,6 +174,11 @@ class TeacherConfig:
     resize: Literal["none", "positions", "pixels"] = "none"
     """How a teacher of another size comes to the student's tokens: it interpolates its positions, or gets pixels of
     its own size."""
+    momentum: float | None = None
+    """For source=random and previous: the teacher follows the student, teacher = momentum * teacher + (1 - momentum) *
+    student. null: it stays as it is (dBOT)."""
+    every: int = 1
+    """Updates of the student between two of such a teacher."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +195,15 @@ class StageConfig:
     """One stage: a teacher, a student, a number of epochs, and a learning-rate schedule of its own."""
 
     name: str = "stage"
-    method: Literal["mae", "dbot"] = "dbot"
+    method: Literal["mae", "videomae", "dbot", "amd"] = "dbot"
+    """mae, videomae: pixels; dbot: a teacher's features; amd: both."""
     epochs: float = 800.0
     steps: int | None = None
     """Optimizer updates; wins over epochs."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     set: dict[str, Any] = field(default_factory=dict)
-    """Keys of model, decoder, mask, dbot, mae or optimizer that differ in this stage, e.g. {optimizer.blr: 1e-3}."""
+    """Keys of model, decoder, mask, dbot, mae, amd or optimizer that differ here, e.g. {optimizer.blr: 1e-3}."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +211,7 @@ class OptimizerConfig:
     """AdamW (fused), linear warm-up and half a cosine, both restarted in every stage."""
 
     blr: float = 1.5e-4
-    """Learning rate for 256 images; the rate used is blr x (images an update sees) / 256."""
+    """Learning rate for 256 images or clips; the rate used is blr x (what an update sees) / 256."""
     lr: float | None = None
     """Learning rate itself; wins over blr."""
     min_lr: float = 0.0
@@ -214,7 +278,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class CompatConfig:
-    """Defects of the published dBOT code, for those who compare with it; all off by default."""
+    """Defects of the published code of dBOT and AMD, for those who compare with it; all off by default. One word sets
+    all of them: compat=upstream, compat=none."""
 
     unsynchronised_reset: bool = False
     """Each rank draws its own student at a stage boundary, and nobody is told (ranks then train different networks)."""
@@ -222,6 +287,19 @@ class CompatConfig:
     """Adam's moments and step count survive the student's re-initialisation."""
     keep_patch_bias: bool = False
     """The patch embedding's bias survives the student's re-initialisation."""
+    frozen_token: bool = False
+    """The mask token of AMD's generators stays as it was drawn."""
+
+    @classmethod
+    def from_word(cls, word: str) -> CompatConfig:
+        """All defects at once ("upstream"), or not one ("none").
+
+        Raises:
+            UserError: another word.
+        """
+        if word not in ("upstream", "none"):
+            raise UserError(f"compat: expected upstream, none or a section of keys, got {word!r}")
+        return cls(**{item.name: word == "upstream" for item in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -241,6 +319,7 @@ class Config:
     mask: MaskConfig = field(default_factory=MaskConfig)
     dbot: DbotConfig = field(default_factory=DbotConfig)
     mae: MaeConfig = field(default_factory=MaeConfig)
+    amd: AmdConfig = field(default_factory=AmdConfig)
     stages: tuple[StageConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

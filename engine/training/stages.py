@@ -2,7 +2,8 @@
 
 Everything a stage starts from is a function of the configuration, the seed and the export of the stage before, so a
 resumed run rebuilds it: the student (drawn anew from a seed that does not know the rank), the teacher, the optimizer,
-the schedule. A resume point then fills in the student, its decoder and the optimizer.
+the schedule. A resume point then fills in what is trained (the student, what predicts behind it, and a teacher that
+follows) and the optimizer.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cohobate import config as configuration
 from cohobate.config import Config
 from cohobate.errors import UserError
 from cohobate.kernels.alignment import Standardise
-from cohobate.masking import random_plan
-from cohobate.methods import DBOT, MAE, DBOTOptions, MAEOptions
-from cohobate.models import Decoder, Precision, VisionTransformer, build
-from cohobate.teacher import Teacher, from_student, load_teacher
+from cohobate.masking import MaskPlan, mask_plan
+from cohobate.methods import AMD, DBOT, MAE, Alignment, AMDOptions, DBOTOptions, MAEOptions, SymmetricDBOT
+from cohobate.models import Decoder, MaskTokenHead, PixelDecoder, Precision, VisionTransformer, build
+from cohobate.models.exports import CONFIG, export, find_export, load_encoder
+from cohobate.teacher import FrozenTeacher, Teacher, from_student, load_teacher
+from cohobate.teacher.momentum import MomentumTeacher
 from cohobate.training.distributed import Ranks, barrier, derive_seed
-from cohobate.training.exports import CONFIG, export, find_export, load_encoder
 from cohobate.training.optimizer import Updater
 from cohobate.training.schedule import Schedule, peak_rate
 
@@ -39,7 +41,7 @@ class Stage:
 
     Attributes:
         index: from 0. config: the run's, with the stage's ``set`` applied. name, steps: of the stage.
-        method: student, decoder and teacher with their loss. module: ``method``, wrapped for many ranks.
+        method: student, decoder or head, and teacher, with their loss. module: ``method``, wrapped for many ranks.
         updater: the optimizer. schedule: rate of each update of the stage.
     """
 
@@ -54,21 +56,48 @@ class Stage:
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """The modules that have trained weights, by the name they have in a resume point."""
-        return {"student": self.method.student, "decoder": self.method.decoder}
+        """The modules whose weights move, by the name they have in a resume point."""
+        parts: dict[str, nn.Module] = {"student": self.method.student, "decoder": self.method.decoder}
+        if isinstance(self.method, AMD):
+            parts["alignment"] = self.method.alignment
+        return parts if self.follower is None else parts | {"teacher": self.follower.average}
+
+    @property
+    def follower(self) -> MomentumTeacher | None:
+        """The teacher, where it follows the student."""
+        teacher = self.method.teacher if isinstance(self.method, DBOT) else None
+        return teacher if isinstance(teacher, MomentumTeacher) else None
+
+    def plan(self, sample_ids: Tensor, epoch: int, *, masks: int | None = None) -> MaskPlan:
+        """The masks of a batch, or of one view of it with ``masks`` = 1; ``sample_ids`` [B] int64."""
+        settings = self.config.mask
+        return mask_plan(
+            self.method.student.grid,
+            sample_ids,
+            kind=settings.kind,
+            seed=self.config.seed,
+            stage=self.index,
+            epoch=epoch,
+            ratio=settings.ratio,
+            count=settings.count,
+            teacher_ratio=settings.teacher_ratio if isinstance(self.method, AMD) else None,
+            rounding=settings.rounding,
+            masks=settings.masks if masks is None else masks,
+            block_min=settings.block_min,
+            block_aspect=settings.block_aspect,
+        )
 
     @property
     def flops(self) -> int:
         """FLOPs of one image that the loader gives, with all its masks."""
-        grid, mask = self.method.student.grid, self.config.mask
-        ids = torch.zeros(1, dtype=torch.int64)
-        plan = random_plan(grid, ids, seed=0, stage=0, epoch=0, ratio=mask.ratio, rounding=mask.rounding)
-        return self.method.flops(plan, mask.masks) if isinstance(self.method, DBOT) else self.method.flops(plan)
+        plan = self.plan(torch.zeros(1, dtype=torch.int64), 0, masks=1)
+        masks = self.config.mask.masks
+        return self.method.flops(plan, masks) if isinstance(self.method, DBOT) else self.method.flops(plan)
 
     @property
     def teacher(self) -> str | None:
-        """Fingerprint of the teacher; None where there is none."""
-        return self.method.teacher.fingerprint() if isinstance(self.method, DBOT) else None
+        """Fingerprint of the teacher as the stage began; None where there is none."""
+        return self.method.teacher.fingerprint() if isinstance(self.method, (DBOT, AMD)) else None
 
 
 def stage_steps(config: Config, updates_per_epoch: int) -> list[int]:
@@ -100,8 +129,10 @@ class StageManager:
         self.steps = stage_steps(config, updates_per_epoch)
         for index in range(len(self.steps)):
             self.schedule(index)  # what cannot be fails before the first stage is trained
-            if index > 0 and config.stages[index].teacher.source in ("file", "model"):
-                self._method(index, build_encoder(configuration.for_stage(config, index)))
+            source = config.stages[index].teacher.source
+            if index > 0 and (source in ("file", "model") or config.stages[index].method == "amd"):
+                before = build_encoder(configuration.for_stage(config, index - 1)) if source == "previous" else None
+                self._method(index, build_encoder(configuration.for_stage(config, index)), before)
 
     def export_folder(self, index: int) -> Path:
         """Where stage ``index`` is exported to."""
@@ -162,11 +193,13 @@ class StageManager:
         return Stage(index, config, stage.name, self.steps[index], method, module, updater, self.schedule(index))
 
     def leave(self, stage: Stage, step: int) -> Path:
-        """Export the student and its decoder; returns the folder, complete on every rank."""
+        """Export the student, and its decoder if it has one; returns the folder, complete on every rank."""
         folder = self.export_folder(stage.index)
         if self.ranks.first:
             about = {"stage": stage.name, "method": self.config.stages[stage.index].method, "step": step}
-            export(folder, stage.method.student, stage.method.decoder, about, self.config.data.interpolation)
+            decoder = None if isinstance(stage.method, SymmetricDBOT) else stage.method.decoder
+            alignment = stage.method.alignment if isinstance(stage.method, AMD) else None
+            export(folder, stage.method.student, decoder, about, self.config.data.interpolation, alignment)
         barrier(self.ranks)
         return folder
 
@@ -178,28 +211,74 @@ class StageManager:
         rank = [self.ranks.rank] if self._unsynchronised(index) else []
         return torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, index, *rank))
 
-    def _method(self, index: int, student: VisionTransformer) -> DBOT | MAE:
+    def _method(self, index: int, student: VisionTransformer, before: VisionTransformer | None = None) -> DBOT | MAE:
+        """The method of a stage; ``before`` stands in for the export of the stage before, while there is none."""
         config, generator = configuration.for_stage(self.config, index), self._generator("decoder", index)
-        if config.stages[index].method == "mae":
-            return MAE(student, _decoder(student, None, config, generator), MAEOptions(norm_pix=config.mae.normalise))
+        kind = config.stages[index].method
+        if kind in ("mae", "videomae"):
+            decoder = _decoder(student, None, config, generator, PixelDecoder if kind == "videomae" else Decoder)
+            return MAE(student, decoder, MAEOptions(config.mae.normalise, kind))
+        if kind == "amd":
+            return self._amd(index, student, before, generator)
         teacher = self._teacher(index, student)
+        if config.dbot.student == "symmetric":
+            head = MaskTokenHead(student, teacher.width)
+            head.reset(generator)
+            return SymmetricDBOT(student, head, teacher, _dbot_options(config))
         return DBOT(student, _decoder(student, teacher.width, config, generator), teacher, _dbot_options(config))
 
-    def _teacher(self, index: int, student: VisionTransformer) -> Teacher:
+    def _amd(
+        self, index: int, student: VisionTransformer, before: VisionTransformer | None, generator: torch.Generator
+    ) -> AMD:
+        config = configuration.for_stage(self.config, index)
+        options = _amd_options(config)
+        teacher = self._teacher(index, student, options.teacher_layers, before)
+        runtime = getattr(teacher, "teacher", teacher)
+        if not isinstance(runtime, FrozenTeacher):
+            problem = f"one that can see some patches alone; {teacher.name} runs as it is"
+            raise UserError(f"stages.{index}.teacher.source: expected {problem}")
+        decoder = _decoder(student, None, config, generator, PixelDecoder if _reads_clips(config) else Decoder)
+        depth, frozen_token = config.amd.generator_depth, config.compat.frozen_token
+        try:
+            alignment = Alignment(
+                student, teacher.width, runtime.heads, options, depth=depth, frozen_token=frozen_token
+            )
+            alignment.reset(generator)
+            return AMD(student, decoder, teacher, alignment, options)
+        except UserError as error:
+            raise UserError(f"amd.{error}") from None
+
+    def _teacher(
+        self,
+        index: int,
+        student: VisionTransformer,
+        layers: tuple[int, ...] | None = None,
+        before: VisionTransformer | None = None,
+    ) -> Teacher:
+        """A stage's teacher with target ``layers``; None for those of its own settings."""
         config, settings = self.config, self.config.stages[index].teacher
         precision = Precision(_DTYPES[config.precision.teacher], _DTYPES[config.precision.residual])
         layer = settings.depth if settings.layer is None else settings.layer
-        spec: str | Path = Path(str(settings.path)) if settings.source == "file" else str(settings.spec)
+        spec: str | Path | nn.Module = Path(str(settings.path)) if settings.source == "file" else str(settings.spec)
         if settings.source == "previous":
-            spec = self.export_folder(index - 1)
+            spec = self.export_folder(index - 1) if before is None else before
         try:
+            generator = self._generator("teacher", index)
+            if settings.momentum is not None:
+                if layer is not None and layer > student.depth:
+                    raise UserError(f"depth: expected at most the student's {student.depth} blocks, got {layer}")
+                average = student.like(depth=layer)
+                average.reset(generator)
+                if settings.source == "previous" or settings.init == "copy":
+                    start = student if settings.source == "random" else load_encoder(self.export_folder(index - 1))
+                    _copy_first_blocks(start, average)
+                return MomentumTeacher(average, settings.momentum, precision=precision)
             if settings.source == "random":
-                generator = self._generator("teacher", index)
                 return from_student(student, init=settings.init, depth=layer, precision=precision, generator=generator)
             return load_teacher(
                 spec,
                 student.grid,
-                layers=None if layer is None else (layer,),
+                layers=layers if layer is None else (layer,),
                 resize=None if settings.resize == "none" else settings.resize,
                 precision=precision,
             )
@@ -221,22 +300,33 @@ def build_encoder(config: Config) -> VisionTransformer:
         image_size=data.image_size,
         patch=model.patch,
         channels=data.channels,
+        frames=data.frames,
+        tubelet=model.tubelet,
         width=model.width,
         depth=model.depth,
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
         cls_token=model.cls_token,
         drop_path=model.drop_path,
+        positions=model.positions,
+        layer_scale=model.layer_scale,
+        relative_positions=model.relative_positions,
         precision=Precision(_DTYPES[config.precision.compute], _DTYPES[config.precision.residual]),
         mean=data.mean,
         std=data.std,
     )
 
 
-def _decoder(student: VisionTransformer, out: int | None, config: Config, generator: torch.Generator) -> Decoder:
+def _decoder(
+    student: VisionTransformer,
+    out: int | None,
+    config: Config,
+    generator: torch.Generator,
+    kind: type[Decoder] = Decoder,
+) -> Decoder:
     settings = config.decoder
     drop_path = config.model.drop_path if settings.drop_path is None else settings.drop_path
-    decoder = Decoder.for_encoder(
+    decoder = kind.for_encoder(
         student, out, width=settings.width, depth=settings.depth, heads=settings.heads, drop_path=drop_path
     )
     decoder.reset(generator)
@@ -251,6 +341,26 @@ def _dbot_options(config: Config) -> DBOTOptions:
         standardise=Standardise() if settings.standardise else None,
         target_norm=settings.final_norm,
         cls=settings.cls,
+    )
+
+
+def _reads_clips(config: Config) -> bool:
+    return config.data.frames > 1
+
+
+def _amd_options(config: Config) -> AMDOptions:
+    settings = config.amd
+    return AMDOptions(
+        norm_pix=config.mae.normalise,
+        convention="videomae" if _reads_clips(config) else "mae",
+        direct=settings.direct,
+        generation=settings.generation,
+        loss=settings.loss,
+        reduction=settings.reduction,
+        pixel_weight=settings.pixel_weight,
+        direct_weight=settings.direct_weight,
+        generation_weight=settings.generation_weight,
+        align_cls=settings.align_cls,
     )
 
 
@@ -270,6 +380,14 @@ def _copy_weights(source: VisionTransformer, student: VisionTransformer, key: st
     for name, tensor in wanted.items():
         if name != "pos_embed":
             tensor.copy_(found[name])
+
+
+@torch.no_grad()
+def _copy_first_blocks(source: VisionTransformer, average: VisionTransformer) -> None:
+    """The weights of ``source`` that ``average``, a model of its shape and perhaps less depth, has too."""
+    found = source.state_dict()
+    for name, tensor in average.state_dict().items():
+        tensor.copy_(found[name])
 
 
 def _carry_moments(before: Stage, method: DBOT | MAE, updater: Updater) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cohobate.masking import random_plan
 from cohobate.methods import StepLoss
+from cohobate.models import Decoder
 from cohobate.training.distributed import Ranks, derive_seed, sum_over_ranks
 from cohobate.training.metrics import Clock, Meter
 from cohobate.training.stages import Stage
@@ -31,7 +31,10 @@ class Step:
     ) -> None:
         self.stage, self.ranks, self.clock, self.meter, self.next_batch = stage, ranks, clock, meter, next_batch
         student, decoder = stage.method.student, stage.method.decoder
-        self._drops = student.drop_path.rate > 0 or decoder.drop_path.rate > 0
+        self._drops = student.drop_path.rate > 0 or (isinstance(decoder, Decoder) and decoder.drop_path.rate > 0)
+        self._follower, self._every = stage.follower, stage.config.stages[stage.index].teacher.every
+        if self._follower is not None:
+            self._follower.pack()  # a resume point may have filled in the average
         self._generator = torch.Generator(ranks.device)
 
     def __call__(self, step: int, *, signals: bool = False) -> None:
@@ -53,20 +56,13 @@ class Step:
         bad += ~updater.gradient_norm().isfinite()
         updater.step(self.stage.schedule.rate(step), sum_over_ranks(self.ranks, bad).clamp(max=1.0))
         updater.zero()
+        if self._follower is not None and (step + 1) % self._every == 0:
+            self._follower.follow(self.stage.method.student)
         self.clock.mark("optimizer")
 
     def _forward(self, batch: Batch, epoch: int, step: int, part: int, signals: bool) -> StepLoss:
         config, index = self.stage.config, self.stage.index
-        plan = random_plan(
-            self.stage.method.student.grid,
-            batch.sample_ids,
-            seed=config.seed,
-            stage=index,
-            epoch=epoch,
-            ratio=config.mask.ratio,
-            rounding=config.mask.rounding,
-            masks=config.mask.masks,
-        )
+        plan = self.stage.plan(batch.sample_ids, epoch)
         generator = None
         if self._drops:
             # Drop path is a function of the step and the rank, so a resumed run drops the same branches.

@@ -23,7 +23,7 @@ from cohobate.evaluation import RECIPES, Classifier, ClipSource, Extractor, Imag
 from cohobate.evaluation.finetune import accuracy, augmented
 from cohobate.evaluation.probe import _accuracies, _features
 from cohobate.models import Precision, VisionTransformer, build
-from cohobate.training.exports import export
+from cohobate.models.exports import export
 
 CPU = torch.device("cpu")
 QUICK = dataclasses.replace(RECIPES["quick_video"], epochs=2, warmup=1, batch=8, blr=8e-3)

@@ -46,6 +46,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data.make_images(tmp_path_factory.mktemp("images") / "set", train=64, test=32, processes=1)
 
 
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 training and 8 test videos of 32 frames."""
+    return data.make_videos(tmp_path_factory.mktemp("clips") / "set", train=16, test=8, processes=1)
+
+
 class Tiny:
     """Makes configurations of the tiny run."""
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from cohobate.errors import UserError
 from cohobate.models import VisionTransformer, build
+from cohobate.models.exports import export, find_export, load_encoder
 from cohobate.training import checkpoints
 from cohobate.training.checkpoints import Checkpoints
 from cohobate.training.distributed import Ranks
-from cohobate.training.exports import export, find_export, load_encoder
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -11,11 +11,12 @@ import torch
 from cohobate import TokenGrid
 from cohobate.config import Config
 from cohobate.errors import UserError
-from cohobate.methods import DBOT
+from cohobate.masking import mask_plan
+from cohobate.methods import DBOT, SymmetricDBOT
 from cohobate.models import VisionTransformer
+from cohobate.models.exports import load_encoder
 from cohobate.teacher import FrozenTeacher, ResizedTeacher
 from cohobate.training.distributed import Ranks
-from cohobate.training.exports import load_encoder
 from cohobate.training.stages import Stage, StageManager, stage_steps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -179,6 +180,44 @@ def test_a_student_that_goes_on(tiny: Any) -> None:
     disturb(first)
     stages.leave(first, 6)
     assert same(stages.enter(1, first).method.student, load_encoder(stages.export_folder(0)))
+
+
+def test_the_masks_are_the_configured_ones(tiny: Any) -> None:
+    words = ["mask.kind=inverse_block", "mask.count=10", "mask.block_min=2", "mask.block_aspect=0.5", "seed=7"]
+    stage, ids = manager(two_random(tiny, "a", *words)).enter(0), torch.tensor([3, 9])
+    expected = mask_plan(
+        TokenGrid.image(16, 4), ids, kind="inverse_block", count=10, block_min=2, block_aspect=0.5, ratio=0.75,
+        seed=7, stage=0, epoch=4,
+    )  # fmt: skip
+    assert torch.equal(stage.plan(ids, 4).order, expected.order) and stage.plan(ids, 4).student == 6
+    assert stage.plan(ids, 5).order.tolist() != expected.order.tolist()
+    several = manager(two_random(tiny, "b", "mask.masks=3", *words)).enter(0)
+    assert len(several.plan(ids, 0).order) == 6 and len(several.plan(ids, 0, masks=1).order) == 2
+
+
+SYMMETRIC = [
+    "dbot={student: symmetric, loss: cosine, standardise: false, final_norm: true, cls: false}",
+    "model={size: null, patch: 4, width: 24, depth: 2, heads: 2, positions: none, layer_scale: 0.1, "
+    "relative_positions: true}",
+]
+
+
+def test_a_symmetric_student(tiny: Any) -> None:
+    """No decoder: mask tokens in the encoder and a head of the teacher's width; its export is the encoder alone."""
+    words = ["stages.0.method=dbot", f"stages.0.teacher={{source: model, spec: '{SPEC}'}}"]
+    stages = manager(tiny.config("a", *words, "stages.1.teacher={source: random}", *SYMMETRIC))
+    stage = stages.enter(0)
+    assert isinstance(stage.method, SymmetricDBOT) and stage.method.head.out == 48
+    student = stage.method.student
+    assert student.pos_embed is None and student.rel_pos_bias is not None
+    assert float(student.state_dict()["blocks.1.ls2.gamma"].unique()) == pytest.approx(0.1)
+    assert stage.trained.keys() == {"student", "decoder"} and stage.flops > 0
+    assert same(
+        manager(tiny.config("b", *words, "stages.1.teacher={source: random}", *SYMMETRIC)).enter(0).method.student,
+        student,
+    )
+    folder = stages.leave(stage, 1)
+    assert not (folder / "decoder.safetensors").exists()
 
 
 def test_steps_come_from_epochs_or_are_given(tiny: Any) -> None:

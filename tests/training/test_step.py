@@ -56,9 +56,30 @@ def prepared(config: Config) -> tuple[Stage, Step, Meter]:
     return stage, Step(stage, ALONE, Clock(ALONE.device), meter, next_batch), meter
 
 
-@pytest.mark.parametrize("method", ["mae", "dbot"])
-def test_a_step_waits_for_nothing(tiny: Any, method: str) -> None:
-    words = [] if method == "mae" else ["stages.0.method=dbot", "stages.0.teacher={source: random}"]
+OTHER = "random:vit_tiny?image_size=16&patch=4&width=48&depth=1&heads=4"
+RUNS = {
+    "mae": [],
+    "dbot": ["stages.0.method=dbot", "stages.0.teacher={source: random}"],
+    "block masks": ["mask.kind=block", "mask.count=6"],
+    "momentum": ["stages.0.method=dbot", "stages.0.teacher={source: random, momentum: 0.9}"],
+    "amd": [
+        f"stages=[{{name: only, method: amd, steps: 6, teacher: {{source: model, spec: '{OTHER}'}}}}]",
+        "amd={direct: [[2, 1]], generation: [[1, 1], [2, 1]]}",
+        "mask.teacher_ratio=0.5",
+    ],
+    "symmetric": [
+        f"stages=[{{name: only, method: dbot, steps: 6, teacher: {{source: model, spec: '{OTHER}'}}}}]",
+        "dbot={student: symmetric, loss: cosine, standardise: false, final_norm: true, cls: false}",
+        "model.positions=none",
+        "model.relative_positions=true",
+        "model.layer_scale=0.1",
+    ],
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_step_waits_for_nothing(tiny: Any, run: str) -> None:
+    words = RUNS[run]
     hard = ["model.drop_path=0.2", "optimizer.clip=1.0", "optimizer.accumulate=2", "data.batch_size=8"]
     _, step, _ = prepared(tiny.config("run", *words, *hard))
     with use_backend("reference"):  # native ops are on the CPU for good, where reading a value costs nothing
