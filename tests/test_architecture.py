@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"errors"},
     "config": PARTS,
     "training": PARTS | {"evaluation", "config"},
-    "cli": PARTS | {"interop", "evaluation", "config", "training", "report", "benchmarks"},
+    "planning": PARTS | {"config", "training"},
+    "cli": PARTS | {"planning", "interop", "evaluation", "config", "training", "report", "benchmarks"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -33,7 +33,7 @@ def complaint(capfd: pytest.CaptureFixture[str], *words: str) -> str:
 
 WRONG_WORDS = {
     ("tran", "demo"): [
-        "verb: expected one of train, eval, data, report, viz, bench, convert, info; got 'tran'",
+        "verb: expected one of train, eval, data, report, viz, bench, plan, convert, info; got 'tran'",
         "did you mean 'train'?",
     ],
     ("train",): ["recipe: expected one of", "got none"],

@@ -24,7 +24,7 @@ USAGE = """cohobate: masked distillation pretraining of vision transformers
   cohobate data make|inspect|shard ...      generate labelled images or clips; look at a data set; shards of JPEG frames
   cohobate report RUN                       write the report page of a run
   cohobate viz WEIGHTS IMAGES --out FOLDER  pictures: masks, features, attention, reconstructions, nearest images
-  cohobate bench NAME [options]             measured tables: kernels, teacher, features, attention, step, data, quality
+  cohobate bench NAME [options]             measured tables; `cohobate bench` lists them
   cohobate plan RECIPE [key=value ...]      GFLOP, memory, hours and decode rate of a run, before it is started
   cohobate convert SOURCE DESTINATION       checkpoints of dBOT, MAE, VideoMAE, AMD, timm, Hugging Face, in and out
   cohobate info                             what works here, and why the rest does not
