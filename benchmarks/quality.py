@@ -47,12 +47,11 @@ def table(rows: Iterable[Row], label: str = "texture") -> str:
         if row["label"] == label:
             stage = (_title(row), row["stage"], row["stage_name"])
             values[stage][row["features"], row["metric"]].append(row["value"])
-    lines = [
-        "| recipe | after stage | kNN, cls | linear, cls | kNN, mean | linear, mean | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    shown = [column for column in COLUMNS if any(column in found for found in values.values())]  # a clip has no cls
+    titles = " | ".join(f"{'kNN' if metric == 'knn' else metric}, {features}" for features, metric in shown)
+    lines = [f"| recipe | after stage | {titles} | seeds |", f"|---|---|{'---|' * len(shown)}---|"]
     for (recipe, index, name), found in values.items():
-        cells = [spread(found[column]) for column in COLUMNS]
+        cells = [spread(found[column]) for column in shown]
         lines.append(f"| {recipe} | {index} {name} | {' | '.join(cells)} | {max(map(len, found.values()))} |")
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,7 @@ A document holds blocks ``<!-- bench:NAME -->`` ... ``<!-- /bench -->``; what st
 - ``FILE-DEVICE-full``, every row,
 - ``FILE-DEVICE-machine``, where it was measured,
 - ``teacher``, the frozen teacher (``teacher.jsonl``), a table for each kind of machine,
-- ``quality``, what whole runs learnt (``quality.jsonl``), or
+- ``quality`` or ``quality-NAME``, what whole runs learnt (the file of that name), or
 - ``study-PART``, a part of the study (``study.jsonl``).
 
 The newest folder ``benchmarks/results/*-YYYY-MM-DD`` that holds such rows is used (of each machine, where a block shows
@@ -81,8 +81,8 @@ def render(root: Path, name: str) -> str:
     Raises:
         UserError: a name of none of these forms.
     """
-    if name == "quality":
-        return _quality(root)
+    if name.startswith("quality"):
+        return _quality(root, name)
     if name == "teacher":
         return _teacher(root)
     if name in {f"study-{part}" for part in study.PARTS}:
@@ -100,12 +100,14 @@ def render(root: Path, name: str) -> str:
     return headline(results) if part is None and stem.startswith("kernels") else full(results)
 
 
-def _quality(root: Path) -> str:
-    """What whole runs learnt: not timings, so a table of its own."""
-    for path in stored(root, "quality"):
+def _quality(root: Path, stem: str) -> str:
+    """What whole runs learnt: not timings, so a table of its own for each label that they are about."""
+    for path in stored(root, stem):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         commits = ", ".join(sorted({str(line["env"]["commit"]) for line in lines}))
-        return f"{quality.table(lines)}\nRows: `{path.relative_to(root)}`, commit {commits}.\n"
+        shown = [label for label in ("texture", "motion") if any(line["label"] == label for line in lines)]
+        tables = "".join(f"The {label}:\n\n" * (len(shown) > 1) + f"{quality.table(lines, label)}\n" for label in shown)
+        return f"{tables}Rows: `{path.relative_to(root)}`, commit {commits}.\n"
     return "not measured (`cohobate bench quality` measures it)\n"
 
 
