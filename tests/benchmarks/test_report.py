@@ -128,7 +128,7 @@ def test_quality_is_a_table_of_its_own(tmp_path: Path) -> None:
     lines.append({**lines[0], "label": "shape", "value": 0.1})
     (folder / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     text = report.render(tmp_path, "quality")
-    assert "| demo | 1 mae | not measured | not measured | 0.600 ± 0.141 | 0.800 ± 0.000 |" in text
+    assert "| demo | 1 mae | 0.600 ± 0.141 | 0.800 ± 0.000 | 2 |" in text
     assert "quality.jsonl" in text and "abc" in text
     assert "not measured" in report.render(tmp_path / "nowhere", "quality")
 
