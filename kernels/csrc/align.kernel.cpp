@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -54,6 +55,15 @@ static inline void stream(char* to, const char* from, int64_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
+// Sixteen floats past the caches; `to` is a multiple of 64 bytes.
+static inline void stream_vector(float* to, Vector values) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)values);
+#else
+  store_vector(to, values);
+#endif
+}
+
 static inline void stream_fence() {
 #if defined(__AVX512F__) || defined(__AVX2__)
   _mm_sfence();
@@ -85,7 +95,7 @@ static inline Moments moments_of(const T* __restrict target, const T* next, cons
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       const Vector difference = load_vector(target + i + v * kLanes) - pivot;
-      __builtin_prefetch(next + i + v * kLanes);
+      __builtin_prefetch(next + i + v * kLanes, 0, 0);  // read once
       sums[v] += difference;
       squares[v] += difference * difference;
     }
@@ -117,7 +127,10 @@ static inline void elementwise(V error, float beta, V& slope, V& loss) {
   }
 }
 
-template <AlignKind kKind, bool kGrad, class P, class T>
+// What becomes of the gradient: nothing, a row in the caches, or a row of the result past them.
+enum class Write { nothing, cached, streamed };
+
+template <AlignKind kKind, Write kWrite, class P, class T>
 static inline float elementwise_row(const P* __restrict prediction, const P* next, const T* __restrict target,
                                     P* __restrict grad, const Moments m, const AlignLayer& layer) {
   const float beta = layer.beta;
@@ -131,16 +144,19 @@ static inline float elementwise_row(const P* __restrict prediction, const P* nex
       const int64_t j = i + v * kLanes;
       Vector slope, loss;
       elementwise<kKind>(load_vector(prediction + j) - (load_vector(target + j) - m.mean) * m.inverse, beta, slope, loss);
-      __builtin_prefetch(next + j);
+      __builtin_prefetch(next + j, 0, 0);
       sums[v] += loss;
-      if constexpr (kGrad) store_vector(grad + j, slope * scale);
+      if constexpr (kWrite == Write::streamed)
+        stream_vector(grad + j, slope * scale);
+      else if constexpr (kWrite == Write::cached)
+        store_vector(grad + j, slope * scale);
     }
   float sum = sum_of(sums[0] + sums[1] + sums[2] + sums[3]);
   for (; i < layer.width; ++i) {
     float slope, loss;
     elementwise<kKind>(load(prediction + i) - (load(target + i) - m.mean) * m.inverse, beta, slope, loss);
     sum += loss;
-    if constexpr (kGrad) store(grad + i, slope * scale);
+    if constexpr (kWrite != Write::nothing) store(grad + i, slope * scale);
   }
   return factor * sum;
 }
@@ -171,6 +187,7 @@ static void layer_of(const AlignLayer& layer, const uint8_t* is_read, float* row
   const AlignRows &from = layer.prediction, &to = layer.target;
   const int64_t total = layer.batch * layer.count, length = from.length, bytes = layer.width * static_cast<int64_t>(sizeof(P));
   char* grad = static_cast<char*>(layer.grad);
+  [[maybe_unused]] const bool direct = reinterpret_cast<uintptr_t>(grad) % 64 == 0 && bytes % 64 == 0;
 #pragma omp parallel
   {
     std::vector<P> row(layer.width), zeros(layer.width);
@@ -181,11 +198,21 @@ static void layer_of(const AlignLayer& layer, const uint8_t* is_read, float* row
       const T* target = row_at<T>(to, b, j);
       const P* next_prediction = row_at<P>(from, next / layer.count, next % layer.count);
       const Moments m = moments_of(target, row_at<T>(to, next / layer.count, next % layer.count), layer);
-      if constexpr (kKind == AlignKind::cosine)
+      char* place = kGrad ? grad + (b * length + from.row(b, j)) * bytes : nullptr;
+      if constexpr (kKind == AlignKind::cosine) {
         row_losses[i] = cosine_row<kGrad>(prediction, target, row.data(), m, layer);
-      else
-        row_losses[i] = elementwise_row<kKind, kGrad>(prediction, next_prediction, target, row.data(), m, layer);
-      if (kGrad) stream(grad + (b * length + from.row(b, j)) * bytes, reinterpret_cast<const char*>(row.data()), bytes);
+      } else if constexpr (!kGrad) {
+        row_losses[i] = elementwise_row<kKind, Write::nothing>(prediction, next_prediction, target, row.data(), m, layer);
+      } else {
+        if constexpr (std::is_same_v<P, float>)
+          if (direct) {
+            row_losses[i] = elementwise_row<kKind, Write::streamed>(prediction, next_prediction, target,
+                                                                    reinterpret_cast<float*>(place), m, layer);
+            continue;
+          }
+        row_losses[i] = elementwise_row<kKind, Write::cached>(prediction, next_prediction, target, row.data(), m, layer);
+      }
+      if (kGrad) stream(place, reinterpret_cast<const char*>(row.data()), bytes);
     }
     if (kGrad && from.rows) {
 #pragma omp for schedule(static) nowait
