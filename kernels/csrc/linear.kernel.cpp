@@ -144,13 +144,24 @@ struct Plain {
   static Vector of(Vector x) { return x; }
 };
 
-// x Phi(x); erfc by Abramowitz and Stegun 7.1.26, within 1.5e-7.
+// x Phi(x) within 1.2e-5: Phi is 1/2 + x q(x^2) up to |x| = 4.6, where it has become 0 or 1. q was fitted to the product's
+// largest error; no division, no exponential.
 struct Gelu {
   static Vector of(Vector x) {
-    const Vector z = (x < 0 ? -x : x) * 0.70710678f, t = 1.0f / (z * 0.3275911f + 1.0f);
-    const Vector poly = ((((t * 1.061405429f - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    const Vector half = poly * exp2_negative(z * z * -1.44269504f) * 0.5f;
-    return x * (x < 0 ? half : 1.0f - half);
+    constexpr float kEnd = 4.6f;
+    Vector c = x > kEnd ? Vector{} + kEnd : x;
+    c = c < -kEnd ? Vector{} - kEnd : c;
+    const Vector t = c * c * (2 / (kEnd * kEnd)) - 1.0f;
+    Vector q = t * -0.0018411938798f + 0.0056193331256f;
+    q = q * t - 0.0078495778143f;
+    q = q * t + 0.010949118994f;
+    q = q * t - 0.019019242376f;
+    q = q * t + 0.029528001323f;
+    q = q * t - 0.040615335106f;
+    q = q * t + 0.054136876016f;
+    q = q * t - 0.075755767524f;
+    q = q * t + 0.15354344248f;
+    return x * (c * q + 0.5f);
   }
 };
 

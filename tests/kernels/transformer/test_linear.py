@@ -99,6 +99,15 @@ def test_packed_once(activation: str | None, has_bias: bool) -> None:
     assert float((got.view(75, 130).double() - right).abs().max()) <= 2**-8 * float(right.abs().max())
 
 
+@fast_only
+def test_gelu_over_its_whole_range() -> None:
+    """Through an identity: half a unit of bf16's last place, and the 1.2e-5 that its polynomial is fitted to."""
+    values = torch.cat([torch.linspace(-6, 6, 4094), torch.tensor([-300.0, 300.0])]).bfloat16().view(-1, 2)
+    got = PackedLinear(torch.eye(2).bfloat16(), None, "gelu")(values).double()
+    right = F.gelu(values.double())
+    assert float(((got - right).abs() - 2**-8 * right.abs()).max()) <= 1.2e-5
+
+
 @pytest.mark.parametrize("backend", ["reference", NATIVE])
 def test_shapes_strides_and_what_needs_no_gradient(backend: str) -> None:
     x, weight, bias, _ = inputs(24, 16, 8)
