@@ -5,6 +5,7 @@ Random floats are rounded to bf16 first: every dtype computes on the same number
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +19,10 @@ from cohobate.benchmarks import literal
 from cohobate.benchmarks.harness import Case, Provider
 from cohobate.benchmarks.machine import DTYPES
 from cohobate.errors import UserError
-from cohobate.kernels import Cost, alignment, tokens, transformer, why_not
+from cohobate.kernels import Cost, alignment, optimizer, tokens, transformer, why_not
 from cohobate.kernels.alignment.align import align_cost
 from cohobate.kernels.alignment.pixel import pixel_loss_cost
+from cohobate.kernels.optimizer.adamw import adamw_cost, gradient_norm_cost
 from cohobate.kernels.tokens.assemble import assemble_cost
 from cohobate.kernels.tokens.embed import embed_patches_backward_cost, embed_patches_cost
 from cohobate.kernels.tokens.gather import gather_patches_cost
@@ -114,7 +116,8 @@ class KernelCase:
     """An op of the registry. ``ours`` also takes ``backend=``; ``leaves`` are the arguments that get a gradient.
 
     ``to_ours`` maps the literal's gradient of a leaf to our layout. ``cost(mode, itemsize)`` is the floor of one call.
-    ``others`` are further functions of the literal's arguments; ``fast`` are the dtypes that our fast form takes.
+    ``others`` are further functions of the literal's arguments; ``dtypes`` are those that the op has, ``fast`` those
+    that our fast form takes.
     """
 
     name: str
@@ -127,6 +130,7 @@ class KernelCase:
     upstream: Tensor | None = None
     compare: Callable[[Mapping[str, Tensor]], tuple[float, float | None]] | None = None
     others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     fast: tuple[str, ...] = ("fp32", "bf16", "fp16", "int32")
 
     @property
@@ -212,6 +216,7 @@ def providers(
         full = name if dtype in ("fp32", "int32") else f"{name} {dtype}"
         found.append(Provider(full, mode, run, role=role, dtype=dtype, results=results, cost=cost, copies=copies))
 
+    dtypes = tuple(dtype for dtype in dtypes if dtype in kernel.dtypes)
     main, rest = (dtypes[0], dtypes[1:]) if kernel.has_dtype else ("int32", ())
     add("literal", literal_call, main, "eager")
     add("compile", Call(compiled, literal_call.arguments), main, "compile")
@@ -676,6 +681,52 @@ def _linear(s: Sizes, random: _Random) -> KernelCase:
     )
 
 
+def _adamw(s: Sizes, random: _Random) -> KernelCase:
+    w = s.width
+    block = [3 * w * w, 3 * w, w * w, w, 4 * w * w, 4 * w, 4 * w * w, w, *[w] * 4]
+    sizes = block * 2
+    total = sum(sizes)
+    state = {
+        "parameters": random.floats(total),
+        "gradients": random.floats(total, scale=0.01),
+        "exp_avg": random.floats(total, scale=0.01),
+        "exp_avg_sq": random.floats(total, scale=0.01).square(),
+        "steps": torch.full((len(sizes),), 10.0, device=random.device),
+    }
+    rate, decays = torch.tensor(literal.RATE, device=random.device), [literal.DECAY] * len(sizes)
+
+    def ours(
+        parameters: Tensor, gradients: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, backend: str
+    ) -> Tensor:
+        values, slopes, averages, squares = (t.split(sizes) for t in (parameters, gradients, exp_avg, exp_avg_sq))
+        norm = optimizer.gradient_norm(slopes, backend=backend)
+        optimizer.adamw(
+            values,
+            slopes,
+            averages,
+            squares,
+            steps,
+            rate=rate,
+            scale=(norm / literal.CLIP).clamp_min(1.0),
+            decays=decays,
+            betas=literal.BETAS,
+            eps=literal.EPS,
+            backend=backend,
+        )
+        return parameters
+
+    norm_and_update = _both("fwd+bwd", gradient_norm_cost(total), adamw_cost(total))
+    return KernelCase(
+        "adamw",
+        f"2 blocks of width {w}, clipped by their norm",
+        Call(functools.partial(literal.adamw, sizes), state),
+        Call(ours, state),
+        lambda mode, size: norm_and_update,
+        others={"torch fused": functools.partial(literal.adamw_fused, sizes)},
+        dtypes=("fp32",),
+    )
+
+
 def _both(mode: str, forward: Cost, backward: Cost) -> Cost:
     if mode == "fwd":
         return forward
@@ -694,6 +745,7 @@ CASES: dict[str, Callable[[Sizes, _Random], KernelCase]] = {
     "add_norm": _add_norm,
     "bias_gelu": _bias_gelu,
     "short_attention": _short_attention,
+    "adamw": _adamw,
 }
 """What ``cohobate bench kernels`` runs by default: every op in the form that dBOT uses."""
 

@@ -184,3 +184,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def quantise_fp8(x: Tensor, scale: float) -> Tensor:
     """Bytes of e4m3(x / scale), saturating: divide, clamp, cast."""
     return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+RATE, DECAY, BETAS, EPS, CLIP = 1e-3, 0.05, (0.9, 0.95), 1e-8, 1.0  # of the update below
+
+
+def adamw(
+    sizes: list[int], parameters: Tensor, gradients: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor
+) -> Tensor:
+    """clip_grad_norm_ and AdamW tensor by tensor, as torch's unfused code does both; flat in, cut into ``sizes``."""
+    cut = [tensor.split(sizes) for tensor in (parameters, gradients, exp_avg, exp_avg_sq)]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in cut[1]]))
+    coefficient = (CLIP / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in cut[1]:
+        gradient.mul_(coefficient)
+    steps += 1
+    corrections = [1 - beta**steps for beta in BETAS]
+    for i, (parameter, gradient, average, average_sq) in enumerate(zip(*cut)):
+        parameter.mul_(1 - RATE * DECAY)
+        average.lerp_(gradient, 1 - BETAS[0])
+        average_sq.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        denominator = (average_sq.sqrt() / corrections[1][i].sqrt()).add_(EPS)
+        parameter.sub_(average / denominator * (RATE / corrections[0][i]))
+    return parameters
+
+
+def adamw_fused(
+    sizes: list[int], parameters: Tensor, gradients: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor
+) -> Tensor:
+    """The same by torch's foreach norm and its fused AdamW, which clips as it reads the gradient."""
+    values, slopes, averages, squares = (t.split(sizes) for t in (parameters, gradients, exp_avg, exp_avg_sq))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
+    counts = steps.unbind()
+    torch._foreach_add_(counts, 1)
+    torch._fused_adamw_(
+        values, slopes, averages, squares, (), counts, lr=RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=DECAY,
+        eps=EPS, amsgrad=False, maximize=False, grad_scale=(norm / CLIP).clamp_min(1.0), found_inf=None,
+    )  # fmt: skip
+    return parameters

@@ -6,12 +6,14 @@ input; the residual stream has a dtype of its own.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cohobate.errors import UserError
 from cohobate.kernels import tokens
@@ -20,6 +22,10 @@ from cohobate.kernels.transformer import add_norm, bias_gelu, linear
 from cohobate.models.positions import bias_of_queries
 
 NORM_EPS = 1e-6
+CHECKPOINTING = ("none", "operations", "blocks")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")  # names of ops, torch's and ours
+ATTENTION = ("attention", "attn", "flash")  # words in the names of torch's, of ours, and of the other packages' ops
+COMPILED_BLOCKS = 64  # kinds of calls of a block that may be compiled
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -41,22 +47,55 @@ class Precision:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype, whatever dtype its parameters have."""
+    """nn.Linear that computes in its input's dtype, whatever dtype its parameters have.
+
+    Attributes:
+        shadow: bf16 copy of the weight that an optimizer keeps (``Updater``), or None; in no state_dict. Products read
+            it instead of casting the weight, while it is what the weight is: nothing has changed the weight in place
+            since (a change through ``.data``, which torch does not count, goes unnoticed).
+    """
+
+    shadow: Tensor | None = None
+    _stamp: tuple[int, int] | None = None  # version and address of the weight that the shadow copies
 
     def reset_parameters(self) -> None:
         """Nothing: whole models are drawn at once, by :func:`draw`, from one generator."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, shadow=self.matrix(x.dtype))
 
     def part(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs [start, stop) alone."""
-        return linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+        bias, shadow = (None if t is None else t[start:stop] for t in (self.bias, self.matrix(x.dtype)))
+        return linear(x, self.weight[start:stop], bias, shadow=shadow)
 
     def product(self, x: Tensor) -> Tensor:
         """Without the bias, for an epilogue that adds it."""
-        return linear(x, self.weight)
+        return linear(x, self.weight, shadow=self.matrix(x.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor | None:
+        """The shadow, where it is the weight in ``dtype``; None in compiled code, which cannot ask."""
+        if self.shadow is None or torch.compiler.is_compiling() or self.shadow.dtype != dtype:
+            return None
+        return self.shadow if self._stamp == (self.weight._version, self.weight.data_ptr()) else None
+
+    @torch.no_grad()
+    def write_shadow(self) -> Tensor:
+        """Make the shadow, or write it anew, from what the weight is now."""
+        if self.shadow is None:
+            self.shadow = torch.empty_like(self.weight, dtype=torch.bfloat16, requires_grad=False)
+        self.shadow.copy_(self.weight)
+        self.mark_shadow()
+        return self.shadow
+
+    def mark_shadow(self) -> None:
+        """Note that the shadow is what the weight is now."""
+        self._stamp = self.weight._version, self.weight.data_ptr()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no optimizer that would keep its shadow."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("shadow", "_stamp")}
 
 
 class Norm(nn.LayerNorm):
@@ -156,11 +195,13 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
 
-    ``layer_scale``: first value of the layer scales; None leaves them out.
+    ``layer_scale``: first value of the layer scales; None leaves them out. ``checkpointing``: see
+    :func:`set_checkpointing`.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None) -> None:
         super().__init__()
+        self.checkpointing = "none"
         self.norm1 = Norm(width)
         self.attn = Attention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
@@ -180,6 +221,17 @@ class Block(nn.Module):
 
         ``drop`` [2, B]: factors of the two branches (drop path), None for none. ``bias``: as in :class:`Attention`.
         """
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._compute(stream, compute, drop, queries, bias)
+        kept: dict[str, Any] = {"context_fn": _keep_products} if self.checkpointing == "operations" else {}
+        found: Stream = checkpoint(
+            self._compute, stream, compute, drop, queries, bias, use_reentrant=False, preserve_rng_state=False, **kept
+        )  # nothing in it is random: drop path was drawn before
+        return found
+
+    def _compute(
+        self, stream: Stream, compute: torch.dtype, drop: Tensor | None, queries: Tensor | None, bias: Tensor | None
+    ) -> Stream:
         stream, normed = self.norm1.add(stream, compute)
         branch = self.ls1(self.attn(normed, queries, bias))
         x = stream.x if queries is None else tokens.take(stream.x, queries)
@@ -226,6 +278,49 @@ def run_blocks(
     for i, block in enumerate(blocks):
         stream = block(stream, compute, None if drop is None else drop[i], queries if i == last else None, bias)
     return Stream(tokens.take(stream.settled(), queries)) if queries is not None and last < 0 else stream
+
+
+def set_checkpointing(module: nn.Module, kind: str) -> None:
+    """Activation checkpointing of every block inside ``module``: what waits in memory for the backward pass.
+
+    Loss and gradients are the same to the last bit. "none": all that the backward pass reads. "operations": the results
+    of matrix products and attention; norms, GELU, casts and sums are computed again ("selective activation
+    recomputation", Korthikanti et al., MLSys 2023). "blocks": a block's input alone, so its forward pass runs twice
+    (Chen et al., "Training deep nets with sublinear memory cost", 2016).
+
+    What ``use_backend`` or ``use_attention`` says around the forward pass has to hold for the backward pass too.
+
+    Raises:
+        UserError: another kind.
+    """
+    if kind not in CHECKPOINTING:
+        raise UserError(f"checkpointing: expected one of {', '.join(CHECKPOINTING)}; got {kind!r}")
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.checkpointing = kind
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """torch.compile of every block inside ``module``, in place: names of modules and of weights stay as they are.
+
+    A block is compiled at its first call, and again for every other shape or set of arguments; blocks of one shape
+    share the result. Values differ by rounding. Checkpointing goes into what is compiled.
+    """
+    dynamo = torch._dynamo.config  # torch's 8 are few: encoder, decoder, generators, first and last blocks, evaluation
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_BLOCKS)
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compile(fullgraph=True, dynamic=False)
+
+
+def _is_product(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """Whether a result is kept: of a matrix product or of attention, by any of its backends, with its statistics."""
+    library, _, name = operation.name().partition("::")
+    found = name.partition(".")[0] in PRODUCTS or any(word in f"{library} {name}" for word in ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if found else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_products = functools.partial(create_selective_checkpoint_contexts, _is_product)
 
 
 def blocks_flops(blocks: nn.ModuleList, tokens: int, queries: int) -> int:

@@ -1,4 +1,4 @@
-"""AdamW on parameter groups; clipping, and skipping of updates that are not finite, without waiting for the device."""
+"""AdamW on parameter groups in two calls: the gradient's norm, and an update that clips, skips, keeps bf16 copies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.kernels import backends
+from cohobate.kernels.backends.optimizer import AdamW
+from cohobate.kernels.optimizer import gradient_norm
+from cohobate.kernels.transformer.linear import reads_shadow
+from cohobate.models.layers import Linear, Precision
 
 _TOKENS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_embed")
 
@@ -35,15 +39,31 @@ def parameter_groups(model: nn.Module, weight_decay: float, rule: str = "mae") -
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
+def _read_shadows(model: nn.Module) -> list[Linear]:
+    """The layers whose products would cast their matrix to bf16 at every call."""
+    precisions = (getattr(module, "precision", None) for module in model.modules())
+    if not any(isinstance(p, Precision) and p.compute == torch.bfloat16 for p in precisions):
+        return []
+    layers = [module for module in model.modules() if isinstance(module, Linear) and module.weight.requires_grad]
+    return [layer for layer in layers if reads_shadow(layer.weight)]
+
+
 class Updater:
     """One AdamW update: global norm, clipping, a finite check and the step, all on the device.
 
-    The norm is divided out inside the fused kernel (its ``grad_scale``), and an update whose gradient is not finite is
-    skipped inside it too (its ``found_inf``), the step count included. That is the route of torch.amp.GradScaler, so no
-    extra pass over the parameters and no wait for the device is needed.
+    The kernel clips a gradient as it reads it, and it is there that an update whose gradient is not finite is skipped,
+    the step count included: no extra pass over the parameters, and no wait for the device. The gradients themselves
+    stay as they are (torch's AdamW, which takes what our kernel does not, leaves them clipped).
+
+    Args:
+        model: its parameters that need a gradient are updated. weight_decay, betas, eps: of AdamW. rule: see
+            :func:`parameter_groups`.
+        clip: largest norm of the gradient; None for any.
+        shadow: keep bf16 copies of the matrices, written in the same pass, where their products read them.
 
     Attributes:
         norm: 0-d fp32, global L2 norm of the last gradient before clipping.
+        scale: 0-d fp32, what the last gradient was divided by; None without clipping.
         bad: 0-d fp32, 1 if the last update was skipped. skipped: how many were. streak: how many in a row, until now.
     """
 
@@ -56,6 +76,7 @@ class Updater:
         eps: float = 1e-8,
         clip: float | None = None,
         rule: str = "mae",
+        shadow: bool = True,
     ) -> None:
         groups = parameter_groups(model, weight_decay, rule)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
@@ -64,6 +85,11 @@ class Updater:
         device = self.parameters[0].device
         self.clip = clip
         self.optimizer = backends.adamw(groups, betas=betas, eps=eps)
+        self.shadowed: list[Linear] = []
+        if shadow and isinstance(self.optimizer, AdamW):
+            self.shadowed = _read_shadows(model)
+            self.optimizer.shadows = {layer.weight: layer.write_shadow() for layer in self.shadowed}
+        self.scale: Tensor | None = None
         self.norm = torch.zeros((), device=device)
         self.bad = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
@@ -73,23 +99,39 @@ class Updater:
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradient now held; 0-d fp32."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        plain = all(type(gradient) is Tensor for gradient in gradients)  # not a DTensor's, of which a rank has a part
+        self.norm = gradient_norm(gradients, backend=None if plain else "reference")
         return self.norm
 
     @torch.no_grad()
-    def step(self, rate: float, bad: Tensor) -> None:
-        """Update with rate ``rate``, or skip where ``bad`` (0-d fp32) is 1. Call :meth:`gradient_norm` first."""
+    def step(self, rate: float | Tensor, bad: Tensor) -> None:
+        """Update with rate ``rate``, or skip where ``bad`` (0-d fp32) is 1. Call :meth:`gradient_norm` first.
+
+        A rate that is a 0-d fp32 tensor on the device is read there, at every replay of a captured step.
+        """
         self.bad = bad
         self.skipped += bad
         self.streak.add_(1).mul_(bad)
+        before = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         optimizer: Any = self.optimizer
         optimizer.found_inf = bad
         if self.clip is not None:
             # A norm that is not finite comes with bad=1, so what it is divided by does not matter.
-            optimizer.grad_scale = (self.norm / self.clip).clamp_min(1.0)
+            optimizer.grad_scale = self.scale = (self.norm / self.clip).clamp_min(1.0)
         self.optimizer.step()
+        if isinstance(rate, Tensor):  # a resume point holds numbers there
+            for group, number in zip(self.optimizer.param_groups, before, strict=True):
+                group["lr"] = number
+        for layer in self.shadowed:
+            if layer.weight.grad is not None:
+                layer.mark_shadow()
+
+    def write_shadows(self) -> None:
+        """Write the bf16 copies anew, after a change of the weights that no update made (they are not used else)."""
+        for layer in self.shadowed:
+            layer.write_shadow()
 
     def counters(self) -> dict[str, Tensor]:
         """The counts of skipped updates, as a resume point keeps them; loading into them sets them."""

@@ -7,12 +7,15 @@
 | x      | [..., in]  | any        | contiguous (else copied)    |
 | weight | [out, in]  | fp32 (any) | contiguous (else copied)    |
 | bias   | [out]      | fp32 (any) | any                         |
+| shadow | [out, in]  | as x       | any                         |
 | out    | [..., out] | as x       | contiguous                  |
 
 ``reference`` casts weight and bias to x's dtype and calls torch's product; so does every CUDA call, where cuBLAS is the
-right kernel. ``native`` is for processors with avx512_bf16 and no AMX: it casts while it packs the weight, and writes
-the weight's gradient in fp32 out of its accumulators, where torch rounds it to bf16 and converts it back. Both round
-each output once; the gradient of the weight is the more exact one. Saved for backward: x and the weight.
+right kernel. Where somebody keeps a shadow, a copy of the weight in x's dtype, it takes that and casts nothing; the
+numbers are the same. ``native`` is for processors with avx512_bf16 and no AMX: it casts while it packs the weight,
+which takes no longer than packing a shadow would, and writes the weight's gradient in fp32 out of its accumulators,
+where torch rounds it to bf16 and converts it back. Both round each output once; the gradient of the weight is the more
+exact one. Saved for backward: x and the weight, or its shadow.
 
 Floor: :func:`linear_cost`. Determinism: bitwise; each value is summed in the order of the summed dimension, whatever
 the number of threads or of rows, so a row of the output depends on its own input alone.
@@ -35,9 +38,23 @@ from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, re
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, shadow: Tensor | None = None) -> Tensor:
     """Reference of :func:`linear`, differentiable."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    matrix = weight.to(x.dtype) if shadow is None else _Cast.apply(weight, shadow)
+    return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+
+
+class _Cast(torch.autograd.Function):
+    """``weight.to(shadow.dtype)`` whose result is there already: its gradient goes to the weight."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, shadow: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.dtype = weight.dtype
+        return shadow.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad.to(ctx.dtype), None
 
 
 def linear_cost(rows: int, inputs: int, outputs: int, itemsize: int, *, backward: bool = False) -> Cost:
@@ -165,13 +182,22 @@ class _Linear(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------- public
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shadow: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """``x W^T + b`` in x's dtype, whatever dtype the parameters are kept in (autocast is not consulted).
 
     Args:
         x: [..., in].
         weight: [out, in].
         bias: [out] or None.
+        shadow: [out, in], the weight in x's dtype, where somebody keeps it; nothing is cast then. It must be what the
+            cast would give, and gets no gradient: the weight does.
         backend: auto (None), reference or native (bf16 x and fp32 parameters).
 
     Returns:
@@ -180,22 +206,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises:
         TypeError, ValueError: a dtype, shape, device or backend that does not fit; the message names the argument.
     """
-    _check(x, weight, bias)
-    facts: dict[str, Any] = {"x": x.dtype, "weight": weight.dtype, "even": not (weight.shape[0] | weight.shape[1]) & 1}
-    impl = choose("linear", x, backend, **facts)
+    _check(x, weight, bias, shadow)
+    impl = choose("linear", x, backend, **_facts(x.dtype, weight))
     if impl == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return linear_reference(x, weight, bias)
+            return linear_reference(x, weight, bias, shadow)
     shift = None if bias is None else bias.float().contiguous()
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out: Tensor = _Linear.apply(rows, weight.contiguous(), shift, impl)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def reads_shadow(weight: Tensor) -> bool:
+    """Would a bf16 input's product with ``weight`` cast it, so that a shadow is of use?"""
+    return choose("linear", weight, **_facts(torch.bfloat16, weight)) == "reference"
+
+
+def _facts(dtype: torch.dtype, weight: Tensor) -> dict[str, Any]:
+    return {"x": dtype, "weight": weight.dtype, "even": not (weight.shape[0] | weight.shape[1]) & 1}
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, shadow: Tensor | None) -> None:
     check_tensor("x", x, dtypes=FLOATS)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got none")
     check_tensor("weight", weight, dtypes=FLOATS, shape=(None, x.shape[-1]), like=x)
     if bias is not None:
         check_tensor("bias", bias, dtypes=FLOATS, shape=(weight.shape[0],), like=x)
+    if shadow is not None:
+        check_tensor("shadow", shadow, dtypes=(x.dtype,), shape=weight.shape, like=x)

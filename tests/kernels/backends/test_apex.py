@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_device_and_dtype(install: Install, card: Card) -> None:
     assert norm.why_not("apex", "cuda", torch.float64) == ["computes in float32, bfloat16, float16, not float64"]
 
 
-def test_torch_is_the_default_and_apex_only_by_name(install: Install, card: Card) -> None:
+def test_apex_only_by_name(install: Install, card: Card) -> None:
     card(9, 0)
     install(None, GOOD)
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -150,7 +151,7 @@ def test_a_backend_asked_for_by_name_says_why_not() -> None:
         adamw([{"params": [parameter]}], betas=(0.9, 0.95), eps=1e-8, backend="apex")
     with pytest.raises(ValueError, match="backend: expected one of torch, apex; got 'triton'"):
         layer_norm(x, x[0], x[0], 1e-6, backend="triton")
-    with pytest.raises(ValueError, match="backend: expected one of torch, apex; got 'lamb'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, cohobate, torch, apex; got 'lamb'"):
         adamw([{"params": [parameter]}], betas=(0.9, 0.95), eps=1e-8, backend="lamb")
 
 
@@ -167,7 +168,7 @@ def test_environment_variables() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
     assert first.startswith("COHOBATE_NORM: 'apex' cannot run LayerNorm: it runs on CUDA")
-    assert second == "COHOBATE_OPTIMIZER: expected one of torch, apex; got 'lion'"
+    assert second == "COHOBATE_OPTIMIZER: expected one of auto, cohobate, torch, apex; got 'lion'"
 
 
 def test_layer_norms_agree(install: Install) -> None:
@@ -186,12 +187,14 @@ def test_a_compiled_norm() -> None:
     assert torch.equal(compiled(x), layer_norm(x, x[0], x[1], 1e-6))
 
 
-def test_both_optimizers_scale_and_skip_alike(install: Install) -> None:
+def test_all_optimizers_scale_and_skip_alike(install: Install) -> None:
     """Rates, scales and skipped updates, the first one among them, as the training loop sets them."""
     install(None, GOOD)
     starts = [torch.randn(5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     runs = []
-    for make in (apex.adamw, lambda groups, betas, eps: adamw(groups, betas=betas, eps=eps, backend="torch")):
+    ours = [] if optimizer.why_not("cohobate", "cpu") else ["cohobate"]
+    makers = [functools.partial(_by_name, name) for name in ("torch", *ours)]
+    for make in (apex.adamw, *makers):
         parameters = [torch.nn.Parameter(start.clone()) for start in starts]
         groups = [{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:], "weight_decay": 0.0}]
         updates: Any = make(groups, (0.9, 0.95), 1e-8)
@@ -208,4 +211,9 @@ def test_both_optimizers_scale_and_skip_alike(install: Install) -> None:
             history.append(torch.stack([parameter.detach().clone() for parameter in parameters]))
         runs.append(torch.stack(history))
     assert torch.equal(runs[0][0], torch.stack(starts)) and torch.equal(runs[0][3], runs[0][2])  # skipped
-    torch.testing.assert_close(runs[0], runs[1])  # fp32: its own default
+    for run in runs[1:]:
+        torch.testing.assert_close(runs[0], run)  # fp32: its own default
+
+
+def _by_name(name: str, groups: Any, betas: Any, eps: float) -> torch.optim.Optimizer:
+    return adamw(groups, betas=betas, eps=eps, backend=name)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cohobate.kernels import why_not
 from cohobate.kernels.transformer import linear
-from cohobate.kernels.transformer.linear import PackedLinear, is_fast, linear_cost
+from cohobate.kernels.transformer.linear import PackedLinear, is_fast, linear_cost, reads_shadow
 
 FACTS = {"x": torch.bfloat16, "weight": torch.float32, "even": True}
 REASONS = why_not("linear", "native", "cpu", **FACTS)
@@ -125,6 +125,25 @@ def test_shapes_strides_and_what_needs_no_gradient(backend: str) -> None:
     assert only_bias.grad is not None and torch.allclose(only_bias.grad, torch.full((8,), 24.0))
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_shadow_changes_no_bit(has_bias: bool) -> None:
+    """Neither of the output nor of the gradients, in torch's product; the weight's gradient is fp32."""
+    x, weight, bias, grad = inputs(24, 16, 8)
+    found = []
+    for shadow in (None, weight.bfloat16()):
+        leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+        out = linear(leaves[0], leaves[1], leaves[2] if has_bias else None, shadow=shadow, backend="reference")
+        found.append([out, *torch.autograd.grad(out, leaves if has_bias else leaves[:2], grad)])
+    assert found[0][2].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # It is the shadow that is read.
+    other = linear(x, weight, bias, shadow=2 * weight.bfloat16(), backend="reference")
+    assert torch.equal(other, linear(x, 2 * weight, bias, backend="reference"))
+    if not REASONS:
+        assert torch.equal(linear(x, weight, shadow=weight.bfloat16()), linear(x, weight))
+    assert reads_shadow(weight) == bool(REASONS) and reads_shadow(weight[:7])
+
+
 def test_gradcheck() -> None:
     x, weight, bias = (value.double().requires_grad_() for value in inputs(3, 4, 5)[:3])
     torch.autograd.gradcheck(linear, (x, weight, bias))
@@ -162,6 +181,8 @@ X, W, B = torch.zeros(2, 4), torch.zeros(6, 4), torch.zeros(6)
         (lambda: linear(X.int(), W), TypeError, "x: expected dtype float32 .*, got int32"),
         (lambda: linear(X, W[:, :3]), ValueError, r"weight: expected shape \[any, 4\], got \[6, 3\]"),
         (lambda: linear(X, W, B[:5]), ValueError, r"bias: expected shape \[6\], got \[5\]"),
+        (lambda: linear(X, W, shadow=W.bfloat16()), TypeError, "shadow: expected dtype float32, got bfloat16"),
+        (lambda: linear(X, W, shadow=W[:5]), ValueError, r"shadow: expected shape \[6, 4\], got \[5, 4\]"),
         (lambda: linear(X, W.to("meta")), ValueError, "weight: expected device cpu, got meta"),
         (lambda: linear(X.sum(), W), ValueError, "x: expected at least one dimension, got none"),
         (lambda: linear(X, W, backend="triton"), ValueError, "'triton' cannot run linear: linear has no triton"),
