@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cohobate.config import Config
+from cohobate.models.layers import compile_blocks, set_checkpointing
 from cohobate.planning.estimate import fit_share, rank_memory
 from cohobate.planning.hardware import Hardware, Range, label_here, memory_here
 from cohobate.planning.parts import frozen_bytes, step_parts
@@ -95,6 +96,9 @@ def _measure(shapes: Shapes, index: int, hardware: Hardware, until: float) -> tu
     batch = _batch(shape, shapes, index, hardware)
     shape = shapes.stage(index, "cpu")
     method = shape.method.to(hardware.device).train()
+    set_checkpointing(method, shape.config.execution.checkpointing)
+    if shape.config.execution.compile:
+        compile_blocks(method)
     settings = shape.config.optimizer
     updater = Updater(method, weight_decay=settings.weight_decay, betas=settings.betas, eps=settings.eps, clip=1.0)
     ids = torch.arange(batch, device=hardware.device)
@@ -124,7 +128,8 @@ def _measure(shapes: Shapes, index: int, hardware: Hardware, until: float) -> tu
 def _batch(shape: Stage, shapes: Shapes, index: int, hardware: Hardware) -> int:
     """Images or clips a step: at most the recipe's, fewer for a slow machine or a small memory."""
     parts, batch = step_parts(shape, shapes.teachers.get(index)), shape.config.data.batch_size
-    memory = rank_memory(shape, parts, frozen_bytes(shape, shapes.teachers.get(index), hardware.device))
+    teacher = frozen_bytes(shape, shapes.teachers.get(index), hardware.device)
+    memory = rank_memory(shape, parts, teacher, hardware.device)
     if hardware.memory is not None:
         each = (memory.activations + memory.working + memory.pixels) / batch
         fixed = memory.weights + memory.gradients + memory.moments + memory.teacher

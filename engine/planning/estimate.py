@@ -15,7 +15,7 @@ from typing import Any
 from cohobate.config import Config, for_stage
 from cohobate.errors import UserError
 from cohobate.planning.hardware import Hardware, Range, facts
-from cohobate.planning.parts import Part, frozen_bytes, parameters, step_parts
+from cohobate.planning.parts import Part, copies_bytes, frozen_bytes, parameters, step_parts
 from cohobate.planning.shapes import Shapes, frames_grid
 from cohobate.training.stages import Stage
 
@@ -159,6 +159,12 @@ def make_plan(
     for stage, planned in zip(config.stages, stages, strict=True):
         if stage.teacher.momentum is not None:
             assumed.append(f"{planned.name}: the teacher's average is counted in the optimizer's bytes")
+    kind = config.execution.checkpointing
+    if kind != "none":
+        twice = "; the blocks' products run twice, which the time knows, GFLOP and MFU do not" * (kind == "blocks")
+        assumed.append(f"execution.checkpointing={kind}: by formula, not measured{twice}")
+    if config.precision.teacher == "fp8" and any(stage.method != "mae" for stage in config.stages):
+        assumed.append("precision.teacher=fp8 is counted as bf16: time and memory are a little less")
     for index, planned in enumerate(stages):
         masks = for_stage(config, index).mask.masks
         if masks > 1:
@@ -197,7 +203,7 @@ def stage_plan(shapes: Shapes, index: int, hardware: Hardware, devices: int) -> 
     low, middle, high = (max(sum(times), least) for times, least in zip(seconds, host, strict=True))
     at_best = replace(hardware, peak={}, matmul={dtype: hardware.ceiling(dtype)})
     floor = sum(part_seconds(parts, at_best, dtype, 1.0, batch, accumulate))
-    memory = rank_memory(stage, parts, frozen_bytes(stage, teacher, hardware.device))
+    memory = rank_memory(stage, parts, frozen_bytes(stage, teacher, hardware.device), hardware.device)
     work = sum(part.flops for part in parts) * batch * accumulate
     return StagePlan(
         name=stage.name,
@@ -225,7 +231,7 @@ def part_seconds(
     """Of every part in one rank's update: the longer of products and bytes."""
     times = []
     for part in parts:
-        products = part.flops * batch * accumulate / (hardware.rate(dtype) * share * 1e12)
+        products = (part.flops + part.again) * batch * accumulate / (hardware.rate(dtype) * share * 1e12)
         moved = (part.bytes * batch + part.fixed) * accumulate + part.update
         times.append(max(products, moved / (hardware.copy * 1e9)))
     return times
@@ -253,7 +259,7 @@ def fit_share(
     return (low + high) / 2
 
 
-def rank_memory(stage: Stage, parts: Sequence[Part], teacher: int) -> Memory:
+def rank_memory(stage: Stage, parts: Sequence[Part], teacher: int, device: str) -> Memory:
     """Of one rank, by formula; ``teacher``: bytes of its weights."""
     trained, batch = parameters(stage.method), stage.config.data.batch_size
     values = sum(p.numel() for p in stage.method.parameters())  # position tables are not trained
@@ -261,8 +267,11 @@ def rank_memory(stage: Stage, parts: Sequence[Part], teacher: int) -> Memory:
     pixels = 1
     for extent in stage.method.student.grid.pixel_shape:
         pixels *= extent
-    working = round(facts()["working"]["share"] * activations)
-    return Memory(4 * values, 4 * trained, 8 * trained, teacher, activations, working, 2 * batch * pixels)
+    spared = batch * sum(part.spared for part in parts)
+    block = batch * max((part.spared // part.blocks for part in parts if part.blocks), default=0)  # made again at once
+    working = round(facts()["working"]["share"] * (activations + spared)) + block
+    weights = 4 * values + copies_bytes(stage, device)
+    return Memory(weights, 4 * trained, 8 * trained, teacher, activations, working, 2 * batch * pixels)
 
 
 def _largest(memory: Memory, batch: int, card: float | None) -> int | None:

@@ -7,14 +7,15 @@ forward, but the pixels need no gradient.
 Bytes are a floor. What a part leaves for its backward pass (:func:`block_kept`, the tensors that this engine's ops
 save) is written once and read by the next op, read again in the backward pass, where its gradient is written and read:
 5 times its size; a frozen part's tensors are written and read: 2 times. Weights are added once a forward pass: 12
-bytes a trained value (read twice, gradient written), 2 a frozen one.
+bytes a trained value (read twice, gradient written), 2 a frozen one. What activation checkpointing does not keep is
+written and read once more, in the backward pass; products computed again are counted beside the FLOPs, not among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from cohobate.kernels.alignment.align import align_cost
 from cohobate.methods import AMD, DBOT, SymmetricDBOT
 from cohobate.models import Decoder, VisionTransformer
 from cohobate.models.generator import Generator
-from cohobate.models.layers import Block
+from cohobate.models.layers import Block, Linear, blocks_flops
 from cohobate.training.stages import Stage
 
 TRAINED, FROZEN = 5, 2
@@ -38,6 +39,7 @@ class Part:
         flops: multiply-adds x 2. bytes: moved for each image. kept: bytes that wait for the backward pass, each image.
         fixed: bytes moved once a forward pass, whatever the batch: weights. update: bytes moved once an update.
         blocks: trained blocks, which the host has to call one by one.
+        again: multiply-adds x 2 that checkpointing computes a second time. spared: bytes that it does not keep.
     """
 
     name: str
@@ -47,34 +49,64 @@ class Part:
     fixed: int = 0
     update: int = 0
     blocks: int = 0
+    again: int = 0
+    spared: int = 0
 
 
-def block_kept(block: Block, tokens: int, rows: int, compute: int, residual: int, *, biased: bool = False) -> int:
+class Kept(NamedTuple):
+    """Bytes of one sample, and bytes that checkpointing does not keep of them."""
+
+    bytes: int
+    spared: int
+
+
+def block_kept(
+    block: Block, tokens: int, rows: int, compute: int, residual: int, kind: str = "none", *, biased: bool = False
+) -> int:
     """Bytes that a block keeps of one sample for its backward pass, its output not counted.
 
     Args:
         tokens: n. rows: of which that many are computed behind the attention. compute, residual: bytes a value.
-        biased: attention has a bias, so its scores are kept.
+        kind: of checkpointing. biased: attention has a bias, so its scores are kept.
     """
     width, hidden, heads = block.mlp.fc1.in_features, block.mlp.fc1.out_features, block.attn.heads
+    scaled = not isinstance(block.ls1, nn.Identity)
+    if kind == "blocks":  # the stream, and the branch that is to be added to it
+        return (residual + compute) * width * tokens
+    statistics = 4 * heads * rows * (tokens > READS_LSE)
+    if kind == "operations":  # the stream, and what the products give, in their order
+        packed = width * (3 * tokens if rows == tokens else 2 * tokens + rows)
+        attention = heads * rows * tokens * biased + width * rows
+        branches = (2 + scaled) * width * rows  # a scaled one is not what its product gave
+        return residual * width * tokens + compute * (packed + attention + branches + hidden * rows) + statistics
     norms = (residual * width + 8) * (tokens + rows)  # the stream in front of each, and two statistics a row
     inputs = compute * width * (tokens + 2 * rows)  # of qkv, of the projection, of the MLP
     packed = compute * width * (3 * tokens if rows == tokens else 2 * tokens + 2 * rows)  # q's own input, too
     mlp = 2 * compute * hidden * rows  # before and behind GELU
-    scaled = 0 if isinstance(block.ls1, nn.Identity) else 2 * compute * width * rows
-    scores = 2 * compute * heads * rows * tokens if biased else 4 * heads * rows * (tokens > READS_LSE)
-    return norms + inputs + packed + mlp + scaled + scores
+    scores = 2 * compute * heads * rows * tokens if biased else statistics
+    return norms + inputs + packed + mlp + 2 * compute * width * rows * scaled + scores
 
 
 def blocks_kept(
-    blocks: Iterable[nn.Module], tokens: int, rows: int, compute: int, residual: int, *, biased: bool = False
-) -> int:
+    blocks: Iterable[nn.Module],
+    tokens: int,
+    rows: int,
+    compute: int,
+    residual: int,
+    kind: str = "none",
+    *,
+    biased: bool = False,
+) -> Kept:
     """Of consecutive blocks, the last one for ``rows``."""
     every = [cast(Block, block) for block in blocks]
-    return sum(
-        block_kept(block, tokens, rows if block is every[-1] else tokens, compute, residual, biased=biased)
-        for block in every
+    everything, kept = (
+        sum(
+            block_kept(block, tokens, rows if block is every[-1] else tokens, compute, residual, each, biased=biased)
+            for block in every
+        )
+        for each in ("none", kind)
     )
+    return Kept(kept, everything - kept)
 
 
 def parameters(module: nn.Module) -> int:
@@ -95,6 +127,7 @@ class _Counter:
         self.seen, self.shown, self.all = plan.student, plan.teacher, plan.tokens
         self.masks = stage.config.mask.masks
         self.compute, self.residual = _size(stage.config.precision.compute), _size(stage.config.precision.residual)
+        self.kind = stage.config.execution.checkpointing
 
     def parts(self) -> list[Part]:
         method = self.method
@@ -142,7 +175,7 @@ class _Counter:
             rows = self._counted() if single else n
             flops = teacher.flops(self._counted() if single else None)
         size = _size(self.config.precision.teacher)
-        moved = FROZEN * blocks_kept(model.blocks, n, rows, size, self.residual)
+        moved = FROZEN * blocks_kept(model.blocks, n, rows, size, self.residual).bytes
         moved += n * (model.grid.row_length + 2 * self.residual * model.width)
         kept = self.residual * teacher.width * rows * len(teacher.layers)  # the targets wait for the loss
         weights = sum(p.numel() for p in model.parameters())
@@ -153,18 +186,18 @@ class _Counter:
         patches = n - student.prefix
         embedded = 2 * patches * student.grid.row_length * student.width
         flops = 3 * (student.flops(patches, rows) - embedded)
-        kept = blocks_kept(student.blocks, n, rows, self.compute, self.residual, biased=student.relative_positions)
-        kept += (self.residual * student.width + 8 + self.compute * student.width) * rows  # the final norm
+        norm = (self.residual * student.width + 8 + self.compute * student.width) * rows
         fixed = 12 * (parameters(student) - parameters(student.patch_embed))
-        return self._trained("student encoder", flops, kept, fixed, student.depth)
+        part = self._trained("student encoder", flops, norm, fixed)
+        return self._with_blocks(part, student.blocks, n, rows, biased=student.relative_positions)
 
     def _decoder(self, rows: int) -> Part:
         decoder = self.method.decoder
         flops = 3 * (decoder.flops(self.seen, rows) - 2 * rows * decoder.width * decoder.out)
-        kept = blocks_kept(decoder.blocks, self.all + decoder.prefix, rows, self.compute, self.residual)
-        kept += (self.residual * decoder.width + 8 + self.compute * decoder.width) * rows
+        norm = (self.residual * decoder.width + 8 + self.compute * decoder.width) * rows
         fixed = 12 * (parameters(decoder) - parameters(decoder.head))
-        return self._trained("decoder", flops, kept, fixed, decoder.depth)
+        part = self._trained("decoder", flops, norm, fixed)
+        return self._with_blocks(part, decoder.blocks, self.all + decoder.prefix, rows)
 
     def _head(self, decoder: Decoder, rows: int) -> Part:
         return self._trained("head", 3 * 2 * rows * decoder.width * decoder.out, 0, 12 * parameters(decoder.head))
@@ -178,16 +211,26 @@ class _Counter:
         if not made:
             return [projections]
         flops = sum(3 * module.flops(self.seen, self.shown) for module in made)
-        kept = sum(
-            blocks_kept(module.blocks, self.shown + module.prefix, self.shown - self.seen, self.compute, self.residual)
-            for module in made
-        )
-        blocks = sum(module.depth for module in made)
-        fixed = 12 * parameters(alignment.generators)
-        return [projections, self._trained("generators", flops, kept, fixed, blocks)]
+        part = self._trained("generators", flops, 0, 12 * parameters(alignment.generators))
+        for module in made:
+            part = self._with_blocks(part, module.blocks, self.shown + module.prefix, self.shown - self.seen)
+        return [projections, part]
 
-    def _trained(self, name: str, flops: int, kept: int, fixed: int, blocks: int = 0) -> Part:
-        return Part(name, flops * self.masks, TRAINED * kept * self.masks, kept * self.masks, fixed, blocks=blocks)
+    def _trained(self, name: str, flops: int, kept: int, fixed: int) -> Part:
+        return Part(name, flops * self.masks, TRAINED * kept * self.masks, kept * self.masks, fixed)
+
+    def _with_blocks(self, part: Part, blocks: nn.ModuleList, tokens: int, rows: int, *, biased: bool = False) -> Part:
+        """A part and what its blocks keep, and compute again; their FLOPs and weights are the part's already."""
+        kept, spared = blocks_kept(blocks, tokens, rows, self.compute, self.residual, self.kind, biased=biased)
+        moved = TRAINED * (kept + spared) + FROZEN * spared
+        return replace(
+            part,
+            bytes=part.bytes + moved * self.masks,
+            kept=part.kept + kept * self.masks,
+            blocks=part.blocks + len(blocks),
+            again=part.again + blocks_flops(blocks, tokens, rows) * self.masks * (self.kind == "blocks"),
+            spared=part.spared + spared * self.masks,
+        )
 
     def _loss(self) -> Part:
         """Prediction and target read once, the gradient written, kept and read again."""
@@ -227,5 +270,13 @@ def frozen_bytes(stage: Stage, teacher: VisionTransformer | None, device: str) -
     return _size(stage.config.precision.teacher) * values * (2 if device == "cpu" else 1) + average
 
 
+def copies_bytes(stage: Stage, device: str) -> int:
+    """Of the matrices in bf16, where products read such copies: kept by the optimizer, or cast and kept by autograd."""
+    if device == "cpu" or stage.config.precision.compute != "bf16":
+        return 0
+    layers = (layer for layer in stage.method.modules() if isinstance(layer, Linear))
+    return 2 * sum(layer.weight.numel() for layer in layers if layer.weight.requires_grad)
+
+
 def _size(name: str) -> int:
-    return {"bf16": 2, "fp32": 4}[name]
+    return {"bf16": 2, "fp32": 4, "fp8": 2}[name]  # around its fp8 products a teacher keeps bf16

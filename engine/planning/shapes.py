@@ -109,7 +109,8 @@ class Shapes(StageManager):
             anatomy = replace(anatomy, grid=grid, positions=torch.zeros(grid.size, model.width))
         if width is not None:
             anatomy = replace(anatomy, head=torch.zeros(width, model.width))
-        precision = Precision(_DTYPES[config.precision.teacher], _DTYPES[config.precision.residual])
+        compute = _DTYPES.get(config.precision.teacher, torch.bfloat16)  # fp8 is packed out of bf16
+        precision = Precision(compute, _DTYPES[config.precision.residual])
         teacher = FrozenTeacher(anatomy, layers or (last,), precision=precision)  # copies the weights
         self.teachers[index] = model.to("meta")
         return teacher if teacher.grid == student.grid else ResizedTeacher(teacher, student.grid)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cohobate import cli, planning
 from cohobate import config as configuration
 from cohobate.errors import UserError
 from cohobate.models import SIZES
+from cohobate.models.layers import set_checkpointing
 from cohobate.planning import calibration, estimate, hardware
 from cohobate.planning.parts import Part, parameters
 from cohobate.planning.shapes import _from_name
@@ -122,7 +128,7 @@ def test_masks_share_the_teacher() -> None:
 SMALL = ("model.size=small", "data.image_size=64", "data.batch_size=4", "optimizer.min_lr=0", "model.drop_path=0")
 
 
-@pytest.mark.parametrize(
+KEPT = pytest.mark.parametrize(
     ("recipe", "more"),
     [
         ("dbot_vit_small", []),
@@ -133,34 +139,76 @@ SMALL = ("model.size=small", "data.image_size=64", "data.batch_size=4", "optimiz
         ("dbot_clip_vit_base", ["mask.count=8", "mask.block_min=2", "stages.0.teacher.spec=vit_small"]),
     ],
 )  # fmt: skip
-def test_kept_activations_are_those_that_autograd_saves(recipe: str, more: list[str]) -> None:
+
+
+def small_step(recipe: str, more: list[str]) -> tuple[Callable[[], torch.Tensor], list[Part], int, nn.Module]:
+    """A step's loss, its parts, its batch and its method, on the CPU."""
     config = configuration.load(recipe, [*SMALL, *more])
     shapes = planning.Shapes(config, 10_000, 1)
     stage = shapes.stage(0, "cpu")
     method, batch = stage.method.train(), config.data.batch_size
-    pixels = torch.randint(0, 256, (batch, *method.student.grid.pixel_shape), dtype=torch.uint8)
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*method.parameters(), *method.buffers(), pixels]}
+    set_checkpointing(method, config.execution.checkpointing)
+
+    class Batch:
+        pixels = torch.randint(0, 256, (batch, *method.student.grid.pixel_shape), dtype=torch.uint8)
+
+    def loss() -> torch.Tensor:
+        total = method.loss(Batch(), stage.plan(torch.arange(batch), 0)).total
+        assert total.requires_grad
+        return total
+
+    return loss, planning.step_parts(stage, shapes.teachers.get(0)), batch, method
+
+
+@KEPT
+def test_kept_activations_are_those_that_autograd_saves(recipe: str, more: list[str]) -> None:
+    loss, parts, batch, method = small_step(recipe, more)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*method.parameters(), *method.buffers()]}
+    shapes = {p.shape for p in method.parameters()}
     saved: dict[int, tuple[int, torch.Tensor]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        cast = tensor.dim() == 2 and tensor.shape in {p.shape for p in method.parameters()}  # of a weight, by autocast
-        if storage.data_ptr() not in own and not cast:
+        cast = tensor.dim() == 2 and tensor.shape in shapes  # of a weight, by autocast
+        if storage.data_ptr() not in own and not cast and tensor.dtype != torch.uint8:  # nor the pixels
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    class Batch:
-        pass
-
-    shown: Any = Batch()
-    shown.pixels = pixels
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = method.loss(shown, stage.plan(torch.arange(batch), 0)).total
-    assert loss.requires_grad
-    parts = planning.step_parts(stage, shapes.teachers.get(0))
+        loss()
     kept = batch * sum(part.kept for part in parts if part.name != "teacher")  # its targets are not autograd's
     # Which tensors attention keeps is its backend's affair: a bias runs as plain products.
     assert kept == pytest.approx(sum(size for size, _ in saved.values()), rel=0.03)
+
+
+class Alive(TorchDispatchMode):
+    """Storages of all that is made inside, with their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.made[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize("kind", ["operations", "blocks"])
+@KEPT
+def test_kept_activations_with_checkpointing(recipe: str, more: list[str], kind: str) -> None:
+    """Those of all parts together: what the forward pass makes and what is still there behind it."""
+    loss, parts, batch, method = small_step(recipe, [*more, f"execution.checkpointing={kind}"])
+    own = {StorageWeakRef(p.untyped_storage()) for p in [*method.parameters(), *method.buffers()]}
+    loss()  # a teacher packs its weights
+    with Alive() as alive:
+        total = loss()
+    found = sum(size for made, size in alive.made.items() if made not in own and not made.expired())
+    del total
+    kept = batch * sum(part.kept for part in parts if part.name != "teacher")
+    assert kept == pytest.approx(found, rel=0.06)
 
 
 def test_memory_by_hand() -> None:
@@ -172,6 +220,39 @@ def test_memory_by_hand() -> None:
     assert stage.memory.total == sum(vars(stage.memory).values())
     cpu = plan("dbot_vit_base", card="cpu").stages[0]
     assert cpu.memory.teacher == 2 * stage.memory.teacher  # once more, as its kernels want it
+    matrices = 12 * 12 * 768**2 + 8 * 12 * 512**2 + 2 * 768 * 512  # blocks, the decoder's embedding and its head
+    assert stage.memory.weights - cpu.memory.weights == 2 * matrices  # in bf16, as the card's products want them
+
+
+def test_checkpointing_by_hand() -> None:
+    """ViT-B of 50 tokens, and the decoder of 512 channels and 197 of which 148 are read; bf16 over an fp32 stream."""
+    none, operations, blocks = (
+        plan("dbot_vit_base", f"execution.checkpointing={kind}").stages[0] for kind in ("none", "operations", "blocks")
+    )
+    parts = {part.name: part for part in blocks.parts}
+    norms = (6 * 768 + 8) * 50, (6 * 512 + 8) * 148
+    assert parts["student encoder"].kept == 12 * 6 * 768 * 50 + norms[0]
+    assert parts["decoder"].kept == 8 * 6 * 512 * 197 + norms[1]
+    encoder = 12 * (24 * 768**2 * 50 + 4 * 768 * 50**2)
+    decoder = 8 * 4 * 512**2 * 197 + 7 * (20 * 512**2 * 197 + 4 * 512 * 197**2) + 148 * (20 * 512**2 + 4 * 512 * 197)
+    assert parts["student encoder"].again == encoder and parts["decoder"].again == decoder
+    assert blocks.flops == operations.flops == none.flops  # what is useful
+    assert sum(part.again for part in operations.parts) == 0
+    assert none.seconds[1] <= operations.seconds[1] < blocks.seconds[1]
+    assert blocks.mfu < none.mfu
+    assert none.memory.total > 1.2 * operations.memory.total > 1.2**2 * blocks.memory.total
+    assert none.largest is not None and operations.largest is not None and blocks.largest is not None
+    assert none.largest < operations.largest < blocks.largest
+    again = 128 * (30 * 512 + 16) * 197  # of a decoder's block in its backward pass; the last one has fewer rows
+    assert blocks.memory.working - none.memory.working == pytest.approx(again, rel=0.05)
+    found = plan("dbot_vit_base", "execution.checkpointing=blocks")
+    assert any(note.startswith("execution.checkpointing=blocks: by formula") for note in found.assumed)
+
+
+def test_an_fp8_teacher_is_counted_as_bf16() -> None:
+    found, usual = plan("dbot_vit_base", "precision.teacher=fp8"), plan("dbot_vit_base")
+    assert found.stages == usual.stages
+    assert any("precision.teacher=fp8" in note for note in found.assumed)
 
 
 def test_memory_of_stored_rows() -> None:
