@@ -300,20 +300,20 @@ def block_order(
     rows, columns = shape
     size, device = rows * columns, sample_ids.device
     smallest = min(smallest, max(1, wanted // 4))
-    for_area, for_aspect, for_top, for_left = _block_words(sample_ids, seed, stream)
-    level = (for_aspect * _ASPECTS) >> 32
+    for_area, for_aspect, *for_place = _block_words(sample_ids, seed, stream)
+    level, places = (for_aspect * _ASPECTS) >> 32, torch.stack(for_place, dim=-1)
     sides = _block_sides(rows, columns, aspect, device)
-    row = torch.arange(rows, device=device).view(1, rows, 1)
-    column = torch.arange(columns, device=device).view(1, 1, columns)
-    cover = torch.full((len(sample_ids), rows, columns), _BLOCKS, device=device)  # the block that covers a token first
+    line = torch.arange(0, 2 * max(shape), 2, device=device)  # places in half tokens
+    free = torch.ones(len(sample_ids), rows, columns, dtype=torch.bool, device=device)
+    cover = torch.zeros(len(sample_ids), rows, columns, dtype=torch.int64, device=device)  # blocks until a token's
     for block in range(_BLOCKS):
-        left_over = wanted - (cover < block).sum((1, 2))
-        area = smallest + ((for_area[:, block] * (left_over - smallest + 1).clamp_min(1)) >> 32)
-        height, width = sides[area, level[:, block]].view(-1, 1, 1, 2).unbind(-1)
-        top = (for_top[:, block].view(-1, 1, 1) * (rows - height + 1)) >> 32
-        left = (for_left[:, block].view(-1, 1, 1) * (columns - width + 1)) >> 32
-        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
-        cover = torch.where(inside, cover.clamp(max=block), cover)
+        areas = (free.sum((1, 2)) + (wanted - size - smallest + 1)).clamp_min(1)  # to choose from
+        area = smallest + ((for_area[:, block] * areas) >> 32)
+        reach, room = sides[area, level[:, block]].unbind(1)
+        middle = torch.add(reach, (places[:, block] * room) >> 32, alpha=2)
+        outside = (line - middle.unsqueeze(2)).abs() > reach.unsqueeze(2)  # [B, 2, places of a row or column]
+        free &= outside[:, 0, :rows, None] | outside[:, 1, None, :columns]
+        cover += free
     cover = cover.flatten(1)
     scattered = random_order(sample_ids, size, seed=seed, stream=stream)
     key = cover * size + torch.where(cover < _BLOCKS, torch.arange(size, device=device), scattered)
@@ -331,9 +331,14 @@ def _block_words(sample_ids: Tensor, seed: int, stream: int) -> tuple[Tensor, Te
 
 @lru_cache(maxsize=16)
 def _block_sides(rows: int, columns: int, aspect: float, device: torch.device) -> Tensor:
-    """(height, width) of a block by area and ratio, [N + 1, 64, 2] int64: computed on the CPU, whatever the device."""
+    """[N + 1, 64, 2, 2] int64, by area and ratio: (height - 1, width - 1) of a block, and how many (tops, lefts).
+
+    One less than a side is how far a block's outermost tokens are from its middle, in half tokens. Computed on the CPU,
+    whatever the device.
+    """
     middles = [(1 - 2 * (level + 0.5) / _ASPECTS) * math.log(aspect) for level in range(_ASPECTS)]
     ratio = torch.tensor([math.exp(middle) for middle in middles], dtype=torch.float64)
     area = torch.arange(rows * columns + 1, dtype=torch.float64).view(-1, 1)
     height, width = (area * ratio).sqrt().round().clamp(1, rows), (area / ratio).sqrt().round().clamp(1, columns)
-    return torch.stack([height, width], dim=-1).long().to(device)
+    reach = torch.stack([height, width], dim=-1).long() - 1
+    return torch.stack([reach, torch.tensor([rows, columns]) - reach], dim=-2).to(device)
