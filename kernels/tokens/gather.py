@@ -52,13 +52,18 @@ def gather_patches_reference(
     batch, frames, height, width, channels = pixels.shape
     pt, ph, pw = patch
     scaled = pixels.float() / 255
-    normal = (scaled - torch.tensor(mean, device=pixels.device)) / torch.tensor(std, device=pixels.device)
+    normal = (scaled - _filled(mean, pixels.device)) / _filled(std, pixels.device)
     tokens = (frames // pt) * (height // ph) * (width // pw)
     grid = normal.reshape(batch, frames // pt, pt, height // ph, ph, width // pw, pw, channels)
     patches = grid.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, tokens, pt * ph * pw * channels)
     if rows is not None:
         patches = patches.gather(1, rows.long().unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
     return patches.to(dtype)
+
+
+def _filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """fp32 [C], made on the device: a copy from the host would wait for it, and no CUDA graph could hold one."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def gather_patches_cost(batch: int, count: int, width: int, itemsize: int) -> Cost:
