@@ -47,6 +47,7 @@ LAZY_EVERYWHERE = {
     "timm",
     "transformers",
     "av",
+    "torchcodec",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import rich.console
 import torch
 
 from cohobate.cli import info
@@ -32,6 +33,19 @@ def test_backends_and_their_reasons(lines: list[str]) -> None:
     assert row(lines, "optimizer apex").startswith("optimizer apex - no: ")
     assert row(lines, "cuda (not here) float32").startswith("cuda (not here) float32 50-1568 sdpa [")
     assert any(line.startswith("[1] ") for line in lines)
+
+
+def test_what_decodes_videos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its reason, and which is taken; a forced one that cannot be used says so."""
+    pytest.importorskip("av")
+    monkeypatch.setattr("cohobate.data.video.torchcodec.why_not", lambda: "it finds no FFmpeg")
+    for wanted, pyav, more in (("auto", "yes, and taken", 0), ("pyav", "yes, and taken", 0), ("torchcodec", "yes", 1)):
+        monkeypatch.setenv("COHOBATE_VIDEO_DECODER", wanted)
+        rich.console.Console(width=200).print(info._loaders())
+        said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert "video files by torchcodec no: it finds no FFmpeg" in said and f"video files by pyav {pyav}" in said
+        refused = [line for line in said if line.startswith("video files no: COHOBATE_VIDEO_DECODER: 'torchcodec'")]
+        assert len(refused) == more
 
 
 def test_it_fits_on_a_screen(lines: list[str]) -> None:

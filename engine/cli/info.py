@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from cohobate.cli.parsing import Parser, parse
+from cohobate.errors import UserError
 
 PACKAGES = (
     "torch",
@@ -20,6 +21,7 @@ PACKAGES = (
     "simplejpeg",
     "pillow",
     "av",
+    "torchcodec",
     "safetensors",
     "xformers",
     "flash-attn",
@@ -199,11 +201,22 @@ def _ranges(names: list[str]) -> str:
 
 
 def _loaders() -> Any:
+    """Executors, and what decodes video files for ``torch``."""
     from cohobate import data
+    from cohobate.data.video import decode as video
 
     table = _table("loader", "usable")
     for name, reasons in data.why_not_loaders().items():
         table.add_row(name, _answer(reasons))
+    try:
+        taken = video.video_decoder()
+    except UserError as error:
+        taken = ""
+        table.add_row("video files", _answer([str(error)]))
+    for name in video.DECODERS:
+        reason = video.why_not_decoder(name)
+        answer = _answer([reason] if reason else []) + (", and taken" if name == taken and not reason else "")
+        table.add_row(f"video files by {name}", answer)
     return table
 
 

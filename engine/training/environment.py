@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from cohobate import __version__
+from cohobate.data import Manifest, VideoManifest
+from cohobate.data.video.decode import describe_decoder
 from cohobate.kernels import native
 from cohobate.training.distributed import Ranks
 
 _PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "simplejpeg", "pillow")
 
 
-def environment(ranks: Ranks) -> dict[str, Any]:
-    """Plain values for ``environment.json``."""
+def environment(ranks: Ranks, files: Manifest) -> dict[str, Any]:
+    """Plain values for ``environment.json``; where ``files`` are videos with what decodes them."""
     versions = {"cohobate": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -41,7 +43,7 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "instruction_set": native.instruction_set(),
         "machine": platform.machine(),
         "system": platform.platform(terse=True),
-    }
+    } | ({"video_decoder": describe_decoder()} if isinstance(files, VideoManifest) and not files.stills else {})
 
 
 def _commit() -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,22 @@ def test_each_stage_leaves_what_the_next_one_needs(taught: Path) -> None:
     assert {row["stage"] for row in rows} == {1, 2}
     assert {"loss/pixels", "loss/direct", "loss/generation"} <= rows[-1].keys()
     assert all(row["bad_steps"] == 0 and row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_run_says_what_decoded_its_videos(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In environment.json; a resumed one says so if it is another. Its clips are counted as clips."""
+    monkeypatch.setenv("COHOBATE_VIDEO_DECODER", "pyav")
+    words = ["stages=[{name: teacher, method: videomae, steps: 4}]", "checkpoint.every_steps=2"]
+    assert train(small(clips, tmp_path, *words))[1] == 0
+    assert " clips/s  " in capsys.readouterr().err
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["video_decoder"] == f"pyav {av.__version__}"
+    (tmp_path / "environment.json").write_text(json.dumps(environment | {"video_decoder": "torchcodec 0.13.0"}))
+    assert train(small(clips, tmp_path, *words))[1] == 0
+    said = capsys.readouterr().err
+    assert f"videos were decoded by torchcodec 0.13.0, from here on by pyav {av.__version__}" in said
 
 
 def test_the_report_shows_clips_and_both_masks(taught: Path) -> None:

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,32 @@ class VideoHeader:
     codec: str
     plain: bool
     size: int
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """When the frames of a file are shown, and which of them can be decoded without others.
+
+    ``times``: int64 [n] ascending, in ticks. ``keys``: (shown, decoded) times of the key frames. ``tick``: seconds.
+    ``stream``: its number in the file.
+    """
+
+    times: NDArray[np.int64]
+    keys: list[tuple[int, int]]
+    tick: Fraction
+    stream: int
+
+    def shown(self, wanted: Sequence[int]) -> list[int]:
+        """Places in ``times`` of the frames ``wanted``; ascending, and some twice where the rate varies.
+
+        Frames are counted as they are shown. Where their rate varies, frame k is the one on the screen at k / (n - 1)
+        of the time from the first to the last of n: a fixed stride then means an even pace.
+        """
+        if _steady(self.times):
+            return list(wanted)
+        grid = self.times[0] + np.asarray(wanted) * ((self.times[-1] - self.times[0]) / (len(self.times) - 1))
+        found = np.searchsorted(self.times, np.floor(grid + 0.5).astype(np.int64), side="right") - 1
+        return [int(place) for place in found]
 
 
 def library() -> Any:
@@ -82,11 +109,18 @@ def probe(path: str, max_pixels: int = MAX_PIXELS) -> VideoHeader:
         return VideoHeader(len(times), rate, height, width, stream.codec_context.codec.canonical_name, plain, size)
 
 
-def read(path: str, wanted: Sequence[int], length: int, channels: int = 3) -> Iterator[Pixels]:
-    """Upright frames uint8 [H, W, channels], in the order of ``wanted``.
+def frame_times(path: str, length: int) -> FrameTimes:
+    """What the packets of a file say of its frames; nothing is decoded.
 
-    Frames are counted as they are shown. Where their rate varies, frame k is the one on the screen at k / (n - 1) of
-    the time from the first to the last of n: a fixed stride then means an even pace.
+    Raises:
+        BadImage: it cannot be read, or does not have ``length`` frames.
+    """
+    with _opened(path) as (av, container, stream):
+        return _listed(av, container, stream, length)
+
+
+def read(path: str, wanted: Sequence[int], length: int, channels: int = 3) -> Iterator[Pixels]:
+    """Upright frames uint8 [H, W, channels], in the order of ``wanted``, see :meth:`FrameTimes.shown`.
 
     Args:
         wanted: ascending, none twice, below ``length``. length: frames the file is expected to have.
@@ -97,17 +131,11 @@ def read(path: str, wanted: Sequence[int], length: int, channels: int = 3) -> It
     kind = "rgb24" if channels == 3 else "gray"
     convert = _conversion()
     with _opened(path) as (av, container, stream):
-        times, keys = _times(av, container, stream)
-        if len(times) != length:
-            raise BadImage("changed")
-        if not _steady(times):
-            grid = times[0] + np.asarray(wanted) * ((times[-1] - times[0]) / (len(times) - 1))
-            shown = times[np.searchsorted(times, np.floor(grid + 0.5).astype(np.int64), side="right") - 1].tolist()
-        else:
-            shown = times[np.asarray(wanted)].tolist()
+        index = _listed(av, container, stream, length)
+        shown = index.times[index.shown(wanted)].tolist()
         # From the last key frame before the first that is wanted; from the start where that was not its entry point.
-        for start in (_key_before(keys, shown[0]), None):
-            container.seek(times[0] - (1 << 20) if start is None else start, stream=stream, backward=True)
+        for start in (_key_before(index.keys, shown[0]), None):
+            container.seek(int(index.times[0]) - (1 << 20) if start is None else start, stream=stream, backward=True)
             found = _pick(av, container, stream, shown)
             image = next(found, None)
             if image is not None:
@@ -125,6 +153,13 @@ def read(path: str, wanted: Sequence[int], length: int, channels: int = 3) -> It
             image = next(found, None)
         if count != len(shown):
             raise BadImage("corrupt")
+
+
+def _listed(av: Any, container: Any, stream: Any, length: int) -> FrameTimes:
+    times, keys = _times(av, container, stream)
+    if len(times) != length:
+        raise BadImage("changed")
+    return FrameTimes(times, keys, stream.time_base or Fraction(0), stream.index)
 
 
 @functools.cache

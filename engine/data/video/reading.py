@@ -13,7 +13,7 @@ from torch import Tensor
 from cohobate.data.decode import read_file
 from cohobate.data.headers import is_plain_jpeg
 from cohobate.data.reading import Reader, Task
-from cohobate.data.video.decode import read_frames, render_clip, still_bytes
+from cohobate.data.video.decode import read_frames, render_clip, still_bytes, video_decoder
 from cohobate.data.video.manifest import VideoManifest
 from cohobate.data.video.plan import ClipPlan
 
@@ -28,6 +28,10 @@ class ClipReader(Reader):
 
     manifest: VideoManifest
     plan: ClipPlan
+
+    def __post_init__(self) -> None:
+        if not self.manifest.stills:
+            video_decoder()  # one that cannot be used is refused here, not in a worker
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,11 +50,14 @@ class ClipReader(Reader):
         Raises:
             BadImage: it cannot be read, or is not the video it was.
         """
+        return self._render(task, row, "pyav" if self.manifest.stills else video_decoder())
+
+    def _render(self, task: Task, row: int, decoder: str) -> Tensor:
         assert task.frames is not None
         plan, video = self.plan, int(task.files[row])
         wanted, where = np.unique(task.frames[row], return_inverse=True)
         where = where.reshape(task.frames[row].shape)  # of clip frame [clips, T] among those decoded
-        decoded = list(read_frames(self.manifest, video, wanted.tolist(), self.channels))
+        decoded = list(read_frames(self.manifest, video, wanted.tolist(), self.channels, decoder))
         samples = []
         for view in range(plan.views):
             clip = [decoded[place] for place in where[view // plan.crops_per_clip]]
@@ -102,4 +109,4 @@ class ClipReader(Reader):
             found = still_bytes(manifest, video, task.frames[row].reshape(-1).tolist())
             if all(is_plain_jpeg(data, size) for data in found):
                 return found
-        return self.render(task, row)
+        return self._render(task, row, "pyav")  # in the very colours of DALI, whose batch it goes into

@@ -19,7 +19,7 @@ from cohobate.data.video.generated import draw_clip
 try:
     import av
 except ImportError:  # Python 3.10 has none new enough: what needs no video files is tested all the same
-    collect_ignore = [f"test_{name}.py" for name in ("command", "files", "generated", "loader", "shards")]
+    collect_ignore = [f"test_{name}.py" for name in ("command", "files", "generated", "loader", "shards", "torchcodec")]
 
 Pixels = NDArray[np.uint8]
 
@@ -66,6 +66,12 @@ def sound() -> bytes:
         file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def exact_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of PyAV, which DALI's and Pillow's are compared with, whatever else is installed."""
+    monkeypatch.setenv("COHOBATE_VIDEO_DECODER", "pyav")
 
 
 @pytest.fixture(scope="session")

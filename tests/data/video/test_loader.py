@@ -211,14 +211,17 @@ def test_videos_that_go_bad_later_are_replaced_and_counted(
     assert all(float(pixels.float().std()) > 5 for batch in batches for pixels in batch.pixels)
 
 
-def test_one_unreadable_file_among_many_costs_nothing(
-    manifests: dict[str, VideoManifest], tmp_path: Path, clip: np.ndarray
-) -> None:
-    lines = [f"{manifests['vp9'].paths[index % 24]} {index}" for index in range(300)]
-    (tmp_path / "bad.webm").write_bytes(encode_clip(clip, "vp9")[:60])
-    (tmp_path / "list.txt").write_text("\n".join([*lines[:150], f"{tmp_path}/bad.webm 7", *lines[150:]]))
+def test_one_unreadable_file_among_thousands_costs_nothing(tmp_path: Path, clip: np.ndarray) -> None:
+    for index in range(8):
+        (tmp_path / f"{index}.avi").write_bytes(encode_clip(clip[index : index + 2], "mjpeg"))
+    lines = [f"{index % 8}.avi {index}" for index in range(2000)]
+    (tmp_path / "bad.avi").write_bytes(encode_clip(clip, "mjpeg")[:60])
+    (tmp_path / "list.txt").write_text("\n".join([*lines[:999], "bad.avi 7", *lines[999:]]))
     manifest = build_video_manifest(tmp_path / "list.txt")
-    assert len(manifest) == 300 and len(manifest.quarantine) == 1
+    assert len(manifest) == 2000 and [Path(path).name for path, _ in manifest.quarantine] == ["bad.avi"]
+    assert manifest.labels is not None and manifest.labels[:, 0].tolist() == list(range(2000))
+    with open_(manifest) as loader:
+        assert bool(next(loader).valid.all()) and loader.report()["left_out"] == {manifest.quarantine[0][1]: 1}
 
 
 # -- what cannot be opened ---------------------------------------------------------------------------------------------
