@@ -51,8 +51,9 @@ def table(sizes: Sizes) -> Table:
     if sizes.alignment is None:
         return lines
     for k in range(sizes.alignment.count):
-        ours, theirs = f"alignment.generators.{k}.", f"generators.{k}."
         lines.append(Entry(f"alignment.projections.{k}.weight", (f"encoder.projection_heads.{k}.weight",)))
+    for k in range(sizes.alignment.generators):
+        ours, theirs = f"alignment.generators.{k}.", f"generators.{k}."
         lines.append(Entry(f"{ours}mask_token", (), reason=TOKEN))
         lines.append(Entry(f"{ours}pos_embed", (), reason=videomae.POSITIONS))
         lines += blocks(f"{ours}blocks.", f"{theirs}blocks.", sizes.alignment.depth, bias="qv")
@@ -71,9 +72,18 @@ def fit(parts: Parts) -> Sizes:
 
 
 def extra(sizes: Sizes) -> dict[str, tuple[Tensor, str]]:
-    """The dead norms, so that the published code loads the file strictly."""
+    """The dead norms, so that the published code loads the file strictly.
+
+    Raises:
+        UserError: another number of generators than of projections, which the published code cannot have.
+    """
     found: dict[str, tuple[Tensor, str]] = {}
     if sizes.alignment is not None:
+        count, generators = sizes.alignment.count, sizes.alignment.generators
+        if generators != count:
+            raise UserError(
+                f"to: expected as many generators as projections for amd, got {generators}, {count}; try videomae"
+            )
         for k in range(sizes.alignment.count):
             found[f"generators.{k}.norm.weight"] = (torch.ones(sizes.alignment.width), f"{DEAD}: 1")
             found[f"generators.{k}.norm.bias"] = (torch.zeros(sizes.alignment.width), f"{DEAD}: 0")

@@ -121,9 +121,10 @@ def load_amd(
     aligned = parts.sizes.alignment
     if aligned is None or parts.alignment is None:
         raise UserError("student: expected projections and generators beside the encoder, found none")
-    for name, wanted in (("student_layers", options.student_layers), ("generation", options.generation)):
-        if len(wanted) != aligned.count:
-            raise UserError(f"options: expected {aligned.count} in {name}, as many as the file has, got {len(wanted)}")
+    for name, has in (("student_layers", aligned.count), ("generation", aligned.generators)):
+        wanted = len(getattr(options, name))
+        if wanted != has:
+            raise UserError(f"options: expected {has} in {name}, as many as the file has, got {wanted}")
     alignment = Alignment(parts.student, aligned.width, aligned.heads, options, depth=aligned.depth)
     fill(alignment, parts.alignment.state_dict(), "student")
     if mask_tokens is not None:

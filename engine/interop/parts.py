@@ -67,13 +67,18 @@ class DecoderSizes:
 
 @dataclass(frozen=True)
 class AlignmentSizes:
-    """AMD's projections and generators, ``count`` of each, ``width`` the teacher's."""
+    """AMD's projections, ``count`` of them, and generators (-1: as many); ``width`` is the teacher's."""
 
     count: int
     width: int
     depth: int
     heads: int
     hidden: int
+    generators: int = -1
+
+    def __post_init__(self) -> None:
+        if self.generators < 0:
+            object.__setattr__(self, "generators", self.count)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,9 @@ def build(sizes: Sizes, precision: Precision = FP32) -> Parts:
         if a.hidden != 4 * a.width:
             raise UserError(f"generators: expected MLPs of {4 * a.width} channels, got {a.hidden}")
         pairs = aligned_pairs(a.count, sizes.depth)
-        alignment = Alignment(student, a.width, a.heads, AMDOptions(direct=pairs, generation=pairs), depth=a.depth)
+        generation = tuple(pairs[place % a.count] for place in range(a.generators))
+        options = AMDOptions(direct=pairs, generation=generation, generation_weight=float(a.generators > 0))
+        alignment = Alignment(student, a.width, a.heads, options, depth=a.depth)
     parts = Parts(student, decoder, alignment, sizes)
     generator = torch.Generator().manual_seed(0)
     for module in (student, decoder, alignment):

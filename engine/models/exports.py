@@ -53,8 +53,7 @@ def export(
         settings["decoder"] = describe_decoder(decoder)
     if alignment is not None:
         save(folder / ALIGNMENT, alignment)
-        if len(cast(nn.ModuleList, alignment.projections)) == len(cast(nn.ModuleList, alignment.generators)):
-            settings["alignment"] = describe_alignment(alignment)  # of others no published format can tell
+        settings["alignment"] = describe_alignment(alignment)
     text = json.dumps(settings | {"cohobate": about}, indent=1)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return folder
@@ -130,14 +129,15 @@ def describe_decoder(decoder: Decoder) -> dict[str, Any]:
 
 
 def describe_alignment(alignment: nn.Module) -> dict[str, int]:
-    """Sizes of AMD's projections, with a generator each: how many, the teacher's width, and a generator's blocks."""
-    projections = cast(nn.ModuleList, alignment.projections)
+    """Sizes of AMD's projections and generators: how many of each, the teacher's width, and a generator's blocks."""
+    projections, generators = (cast(nn.ModuleList, part) for part in (alignment.projections, alignment.generators))
     blocks = [block for block in alignment.modules() if isinstance(block, Block)]
     width = cast(Linear, projections[0]).out_features
     return {
         "count": len(projections),
+        "generators": len(generators),
         "width": width,
-        "depth": len(blocks) // max(len(cast(nn.ModuleList, alignment.generators)), 1),
+        "depth": len(blocks) // max(len(generators), 1),
         "heads": blocks[0].attn.heads if blocks else 1,
         "hidden": blocks[0].mlp.fc1.out_features if blocks else 4 * width,
     }

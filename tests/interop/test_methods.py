@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,32 @@ def test_an_export_of_amd_is_a_file_of_amds(upstream: Any, tmp_path: Path) -> No
     assert found.keys() == weights.keys()
     for key, value in weights.items():
         assert torch.equal(found[key], value) or ".norm." in key, key  # the generators' dead norms come back as 1 and 0
+
+
+@pytest.mark.parametrize(("direct", "generation"), [(2, 1), (1, 2), (2, 0), (0, 2)])
+def test_an_export_of_other_numbers_comes_back(upstream: Any, tmp_path: Path, direct: int, generation: int) -> None:
+    """More projections than generators, more generators than projections (two for one student block), or none."""
+    model = interop.load_amd(upstream.amd(), upstream.finetuned(), options=PAIRS, hints=CLIP)
+    options = AMDOptions(
+        direct=PAIRS.direct[:direct],
+        generation=((2, 2), (2, 4))[:generation],
+        direct_weight=float(direct > 0),
+        generation_weight=float(generation > 0),
+    )
+    alignment = Alignment(model.student, 96, 6, options, depth=1)
+    export(tmp_path / "ours", model.student, model.decoder, {"method": "amd"}, alignment=alignment)
+    again = interop.load_amd(tmp_path / "ours", upstream.finetuned(), options=options, hints=CLIP).alignment
+    assert again.state_dict().keys() == alignment.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in alignment.state_dict().items())
+    count = len(options.student_layers)
+    with pytest.raises(UserError, match=f"expected {count} in student_layers|expected {generation} in generation"):
+        interop.load_amd(tmp_path / "ours", upstream.finetuned(), options=PAIRS, hints=CLIP)
+    interop.convert(tmp_path / "ours", tmp_path / "copy", "cohobate")
+    sizes = [json.loads((tmp_path / name / "config.json").read_text())["alignment"] for name in ("ours", "copy")]
+    assert sizes[0] == sizes[1] and (sizes[0]["count"], sizes[0]["generators"]) == (count, generation)
+    if count != generation:
+        with pytest.raises(UserError, match="to: expected as many generators as projections for amd"):
+            interop.convert(tmp_path / "ours", tmp_path / "amd.pth", "amd")
 
 
 def test_gradients_of_amd_without_generators(upstream: Any) -> None:
