@@ -95,7 +95,9 @@ class ImageSource:
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels uint8 [n V, T, H, W, C] on ``device``, a file's V views behind each other, and the files' places in
-        the manifest, int64 [n] on the CPU. An image has one view."""
+        the manifest, int64 [n] on the CPU. An image has one view. There are more than ``batch_size`` samples where a
+        single file has: :func:`mean_features` and its like take them in parts.
+        """
         if self._cache:
             yield from ((pixels.to(device), places) for pixels, places in self._cache)
             return
@@ -168,8 +170,8 @@ class ClipSource(ImageSource):
     """Clips of videos in place of images: the middle of each, or several clips and crops spread evenly over it.
 
     Args:
-        frames, stride, sampling, test_views: as in :class:`cohobate.data.ClipPlan`. All views of a video are one pass,
-            however small ``batch_size``.
+        frames, stride, sampling, test_views: as in :class:`cohobate.data.ClipPlan`. A video is decoded once for all of
+            its views; where they are more than ``batch_size``, they pass the network in several batches.
         centre: the whole short side by default, as usual with videos.
     """
 
@@ -210,6 +212,13 @@ def mean_over_views(values: Tensor, files: int) -> Tensor:
     return values if len(values) == files else values.unflatten(0, (files, -1)).mean(dim=1)
 
 
+def mean_features(extractor: Extractor, pixels: Tensor, files: int, most: int) -> dict[str, Tensor]:
+    """Features by kind, the mean over the views of each of n ``files``; no pass has more than ``most`` samples."""
+    found = [extractor(part)._asdict() for part in pixels.split(most)]
+    kinds = [name for name, value in found[0].items() if value is not None]
+    return {name: mean_over_views(torch.cat([part[name] for part in found]), files) for name in kinds}
+
+
 def held_out_split(root: str) -> str | None:
     """Name of the part of a data set that accuracy is counted on: test, val, valid or validation; None without one."""
     return next((name for name in ("test", "val", "valid", "validation") if has_split(root, name)), None)
@@ -242,9 +251,8 @@ def extract(encoder: VisionTransformer | Extractor, source: ImageSource, device:
     parts: dict[str, list[Tensor]] = {}
     places: list[Tensor] = []
     for pixels, where in source.batches(device):
-        for name, value in extractor(pixels)._asdict().items():
-            if value is not None:
-                parts.setdefault(name, []).append(mean_over_views(value, len(where)))
+        for name, value in mean_features(extractor, pixels, len(where), source.batch_size).items():
+            parts.setdefault(name, []).append(value)
         places.append(where)
     features = {name: torch.cat(values) for name, values in parts.items()}
     if not all(bool(values.isfinite().all()) for values in features.values()):

@@ -353,7 +353,8 @@ def accuracy(model: Classifier, source: ImageSource, kind: int) -> float:
     labels = torch.as_tensor(source.manifest.labels)[:, kind]
     right, count = torch.zeros((), dtype=torch.int64, device=device), 0
     for pixels, places in source.batches(device):
-        shares = mean_over_views(model(pixels).softmax(dim=1), len(places))
+        views = torch.cat([model(part).softmax(dim=1) for part in pixels.split(source.batch_size)])
+        shares = mean_over_views(views, len(places))
         right += (shares.argmax(dim=1) == labels[places].to(device)).sum()
         count += len(places)
     return int(right) / count

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from cohobate.errors import UserError
 from cohobate.evaluation.extractor import Extractor
-from cohobate.evaluation.features import ClipSource, ImageSource, check_labels, mean_over_views
+from cohobate.evaluation.features import ClipSource, ImageSource, check_labels, mean_features, mean_over_views
 from cohobate.evaluation.lars import Lars
+from cohobate.evaluation.quality import effective_rank
 
 HELD_OUT = 0.1  # of the training images, to choose the rate by
 TOKEN_BYTES = 4 << 30  # tokens of all images are kept up to this size
 
 Inputs = dict[str, Tensor]  # what a probe reads, by name
-Read = Callable[[Extractor, Tensor, int], Inputs]  # of pixels [n V, ...] of n files
+Read = Callable[[Extractor, Tensor, int, int], Inputs]  # of pixels [n V, ...] of n files, so many a pass at most
 Epoch = Callable[[int], Iterator[tuple[Inputs, Tensor]]]  # epoch -> batches of inputs and labels [B, K]
 
 
@@ -189,7 +190,8 @@ def run_probe(
 
     Returns:
         Rows ``features``, ``label``, ``metric``, ``value`` (of the test part), ``rate`` (the chosen one, a 256 images),
-        ``held_out`` (what it was chosen by), ``epochs``, ``batch``, ``augment``.
+        ``held_out`` (what it was chosen by), ``epochs``, ``batch``, ``augment``; of a linear probe ``effective_rank``,
+        of the training part's central crops, as :func:`cohobate.evaluation.evaluate` gives it.
 
     Raises:
         UserError: labels or settings that will not do, features that are not finite, or tokens too large to keep.
@@ -206,20 +208,27 @@ def run_probe(
     count = len(learn.manifest.paths)
     batch = min(recipe.batch, max(min(16, count), count // 16))
     probes = _probes(kind, extractor, classes, len(recipe.rates), seed)
+    kept = None if augment else _read_all(extractor, learn, read)
     with contextlib.ExitStack() as stack:
-        if augment:
+        if kept is None:
             epoch_of = _augmented(extractor, learn, read, batch, seed, stack)
         else:
-            epoch_of = _kept(extractor, learn, read, batch, seed)
+            epoch_of = _shuffled(*kept, batch, seed)
         _train(probes, recipe, epoch_of, batch, max(1, count // batch), say)
-    chosen = _accuracies(extractor, held, read, probes)
-    final = _accuracies(extractor, test, read, probes)
+    aside = [_read_all(extractor, held, read)] if kind == "linear" else _batches(extractor, held, read)
+    chosen = _accuracies(aside, probes)
+    final = _accuracies(_batches(extractor, test, read), probes)
+    ranks: dict[str, float] = {}
+    if isinstance(aside, list):
+        central = _read_all(extractor, learn, read) if kept is None else kept
+        ranks = {name: effective_rank(torch.cat([central[0][name], aside[0][0][name]])) for name in probes}
     facts = {"epochs": recipe.epochs, "batch": batch, "augment": augment}
     rows = []
     for name in probes:
         for number, label in enumerate(train.names):
             best = int(chosen[name][number].argmax())
             row = {"features": name, "label": label, "metric": kind, "value": float(final[name][number][best])}
+            row |= {"effective_rank": ranks[name]} if name in ranks else {}
             rows.append(row | {"rate": recipe.rates[best], "held_out": float(chosen[name][number][best])} | facts)
     return rows
 
@@ -271,17 +280,15 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(replicas)) * replicas
 
 
-def _features(extractor: Extractor, pixels: Tensor, files: int) -> Inputs:
-    found = extractor(pixels)._asdict().items()
-    return {name: mean_over_views(value, files) for name, value in found if value is not None}
+_features: Read = mean_features
 
 
-def _tokens(extractor: Extractor, pixels: Tensor, files: int) -> Inputs:
-    return {"tokens": extractor.tokens(pixels).bfloat16()}
+def _tokens(extractor: Extractor, pixels: Tensor, files: int, most: int) -> Inputs:
+    return {"tokens": torch.cat([extractor.tokens(part).bfloat16() for part in pixels.split(most)])}
 
 
-def _kept(extractor: Extractor, source: ImageSource, read: Read, batch: int, seed: int) -> Epoch:
-    """Features of the central crops, computed once and kept; each epoch shuffles them."""
+def _read_all(extractor: Extractor, source: ImageSource, read: Read) -> tuple[Inputs, Tensor]:
+    """What a probe reads of the central crops, and labels: computed once and kept."""
     if read is _tokens:
         size = len(source.manifest.paths) * (extractor.grid.size + extractor.prefix) * extractor.width * 2
         if size > TOKEN_BYTES:
@@ -292,7 +299,11 @@ def _kept(extractor: Extractor, source: ImageSource, read: Read, batch: int, see
             )
     parts = list(_batches(extractor, source, read))
     inputs = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
-    labels = torch.cat([part for _, part in parts])
+    return inputs, torch.cat([part for _, part in parts])
+
+
+def _shuffled(inputs: Inputs, labels: Tensor, batch: int, seed: int) -> Epoch:
+    """The same features in every epoch, in another order."""
 
     def epoch_of(epoch: int) -> Iterator[tuple[Inputs, Tensor]]:
         draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -315,7 +326,7 @@ def _augmented(
         for _, loaded in zip(range(loader.steps_per_epoch), loader):
             assert loaded.labels is not None
             labels = loaded.labels.to(extractor.device)
-            waiting.append((_finite(read(extractor, loaded.pixels, len(labels)), extractor), labels))
+            waiting.append((_finite(read(extractor, loaded.pixels, len(labels), micro), extractor), labels))
             if len(waiting) == max(1, batch // micro):
                 inputs = {name: torch.cat([part[name] for part, _ in waiting]) for name in waiting[0][0]}
                 yield inputs, torch.cat([part for _, part in waiting])
@@ -327,7 +338,8 @@ def _augmented(
 def _batches(extractor: Extractor, source: ImageSource, read: Read) -> Iterator[tuple[Inputs, Tensor]]:
     labels = torch.as_tensor(source.manifest.labels)
     for pixels, places in source.batches(extractor.device):
-        yield _finite(read(extractor, pixels, len(places)), extractor), labels[places].to(extractor.device)
+        inputs = read(extractor, pixels, len(places), source.batch_size)
+        yield _finite(inputs, extractor), labels[places].to(extractor.device)
 
 
 def _finite(inputs: Inputs, extractor: Extractor) -> Inputs:
@@ -337,15 +349,13 @@ def _finite(inputs: Inputs, extractor: Extractor) -> Inputs:
 
 
 @torch.no_grad()
-def _accuracies(
-    extractor: Extractor, source: ImageSource, read: Read, probes: dict[str, nn.Module]
-) -> dict[str, list[Tensor]]:
+def _accuracies(batches: Iterable[tuple[Inputs, Tensor]], probes: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
     """By probe and kind of label, the share of right answers of each replica, [R] on the CPU."""
     right: dict[str, list[Tensor]] = {}
     count = 0
     for probe in probes.values():
         probe.eval()
-    for inputs, labels in _batches(extractor, source, read):
+    for inputs, labels in batches:
         count += len(labels)
         for name, probe in probes.items():
             shares = [mean_over_views(part.softmax(dim=2), len(labels)) for part in probe(inputs[name])]

@@ -21,7 +21,7 @@ from cohobate import cli, data
 from cohobate.errors import UserError
 from cohobate.evaluation import RECIPES, Classifier, ClipSource, Extractor, ImageSource, augment, extract, finetune
 from cohobate.evaluation.finetune import accuracy, augmented
-from cohobate.evaluation.probe import _accuracies, _features
+from cohobate.evaluation.probe import _accuracies, _batches, _features, _tokens
 from cohobate.models import Precision, VisionTransformer, build
 from cohobate.models.exports import export
 
@@ -91,6 +91,30 @@ def test_features_are_the_mean_over_views(
         torch.testing.assert_close(found.features["mean"], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_more_views_than_a_batch_pass_in_several(
+    noise: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six views of a video, at most four samples a pass: no metric gives the network more."""
+    most: list[int] = []
+
+    def counted(run: Any) -> Any:
+        def call(self: Any, pixels: Tensor, *rest: Any, **words: Any) -> Any:
+            most.append(len(pixels))
+            return run(self, pixels, *rest, **words)
+
+        return call
+
+    monkeypatch.setattr(Extractor, "tokens", counted(Extractor.tokens))
+    monkeypatch.setattr(Classifier, "forward", counted(Classifier.forward))
+    reader, model = source(noise[0], test_views=(2, 3), batch_size=4), Extractor(encoder())
+    extract(model, reader, CPU)
+    for read in (_features, _tokens):
+        pixels, places = next(reader.batches(CPU))
+        assert all(len(value) in (1, 6) for value in read(model, pixels, len(places), reader.batch_size).values())
+    accuracy(Classifier(encoder(), 2, 0.0), reader, 0)
+    assert len(pixels) == 6 and set(most) == {4, 2} and len(most) == 4 * 2 + 2 * 2 + 4 * 2
+
+
 def test_one_view_is_the_plain_path(noise: tuple[Path, dict[str, Tensor]]) -> None:
     """To the last bit what an image's path computes: the middle clip through the encoder, without any averaging."""
     model, reader = encoder().eval(), source(noise[0])
@@ -113,7 +137,8 @@ class Seen(nn.Module):
 def views_of(logits: list[list[list[int]]], labels: list[int]) -> Any:
     pixels = torch.tensor(logits, dtype=torch.uint8).flatten(0, 1)[:, None, None, None]
     manifest = SimpleNamespace(labels=np.array(labels)[:, None])
-    return SimpleNamespace(manifest=manifest, batches=lambda device: iter([(pixels, torch.arange(len(labels)))]))
+    batches = iter([(pixels, torch.arange(len(labels)))])
+    return SimpleNamespace(manifest=manifest, batch_size=2, batches=lambda device: batches)
 
 
 def test_probabilities_are_averaged_not_logits() -> None:
@@ -125,7 +150,7 @@ def test_probabilities_are_averaged_not_logits() -> None:
 
 
 def test_a_probe_counts_videos_not_views() -> None:
-    def read(_: Extractor, pixels: Tensor, files: int) -> dict[str, Tensor]:
+    def read(_: Extractor, pixels: Tensor, files: int, most: int) -> dict[str, Tensor]:
         return {"x": pixels[:, 0, 0, 0, :2].float()}
 
     class Probe(nn.Module):
@@ -133,14 +158,15 @@ def test_a_probe_counts_videos_not_views() -> None:
             return [torch.stack([x, x.flip(1)], dim=1)]  # two rates, the second always of the other opinion
 
     several = views_of([[[10, 0], [0, 2], [0, 2]], [[1, 0], [1, 0], [0, 1]], [[9, 0]] * 3], [1, 0, 1])
-    (found,) = _accuracies(SimpleNamespace(device=CPU), several, read, {"x": Probe()})["x"]  # type: ignore[arg-type]
+    batches = _batches(SimpleNamespace(device=CPU), several, read)  # type: ignore[arg-type]
+    (found,) = _accuracies(batches, {"x": Probe()})["x"]
     assert found.tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_a_linear_probe_reads_mean_features(noise: tuple[Path, dict[str, Tensor]]) -> None:
     model, reader = Extractor(encoder()), source(noise[0], test_views=(2, 3))
     pixels, places = next(reader.batches(CPU))
-    found = _features(model, pixels, len(places))["mean"]
+    found = _features(model, pixels, len(places), 5)["mean"]
     torch.testing.assert_close(found[1], model(pixels[6:12]).mean.mean(0), rtol=1e-4, atol=1e-5)
 
 

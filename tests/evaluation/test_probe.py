@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cohobate import data
 from cohobate.errors import UserError
-from cohobate.evaluation import Extractor, ImageSource, ProbeRecipe, attentive_probe, linear_probe
+from cohobate.evaluation import Extractor, ImageSource, ProbeRecipe, attentive_probe, evaluate, linear_probe, summary
 from cohobate.evaluation.lars import Lars
 from cohobate.evaluation.probe import LINEAR, AttentiveProbe, LinearProbe, _Adam, _loss
 from cohobate.models import Precision, build
@@ -179,13 +179,23 @@ def test_a_probe_learns_and_runs_the_backbone_once(
     assert rows == probe(extractor, *sources(shades), recipe=recipe)
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_linear_probe_has_the_effective_rank_of_the_others(shades: Path, extractor: Extractor, augment: bool) -> None:
+    """That of kNN's training features: the whole training part's central crops."""
+    train, test = sources(shades)
+    rows = linear_probe(extractor, train, test, recipe=ProbeRecipe(1, 0, 16, (0.1,)), augment=augment)
+    wanted = {row["features"]: row["effective_rank"] for row in evaluate(extractor, train, test, metrics=("knn",))}
+    assert {row["features"]: row["effective_rank"] for row in rows} == pytest.approx(wanted, rel=1e-4)  # other order
+    assert summary(rows)[-1].split() == f"effective rank cls {wanted['cls']:.1f} mean {wanted['mean']:.1f}".split()
+
+
 def test_augmented_features_are_new_in_every_epoch(shades: Path, extractor: Extractor) -> None:
     recipe = ProbeRecipe(4, 1, 32, (0.1, 10.0))
     counting = Counting(extractor)
     lines: list[str] = []
     (cls, mean) = linear_probe(counting, *sources(shades), recipe=recipe, augment=True, say=lines.append)
-    # 54 images to learn from: 4 epochs of 3 batches of 16; 6 held out and 24 to test.
-    assert counting.images == 4 * 3 * 16 + 6 + 24
+    # 54 images to learn from: 4 epochs of 3 batches of 16, and once for the effective rank; 6 held out and 24 to test.
+    assert counting.images == 4 * 3 * 16 + 54 + 6 + 24
     assert cls["augment"] and 0 <= mean["value"] <= 1 and len(lines) == 3
 
 
