@@ -19,24 +19,24 @@ from cohobate.report.run import Evaluation, Run, Samples, read_run
 DPI = 150
 FILES_SHOWN = 20
 QUALITY_NOTE = (
-    "Accuracy of simple classifiers on the frozen features of held-out images: nearest neighbours (kNN) and one linear "
-    "layer. Stage 0 is the network before any training: what a stage does not add to it, it did not learn. "
+    "Accuracy of simple classifiers on the frozen features of held-out {unit}s: nearest neighbours (kNN) and one "
+    "linear layer. Stage 0 is the network before any training: what a stage does not add to it, it did not learn. "
     "In the table, the change from stage 0 is in percentage points."
 )
 SAMPLES_NOTE = (
     "Light grey is what was hidden. The reconstruction shows the student's prediction where it saw nothing, and the "
-    "image itself where it did. Where the loss standardises each patch, a predicted patch has the true patch's own "
+    "{unit} itself where it did. Where the loss standardises each patch, a predicted patch has the true patch's own "
     "brightness and contrast, and only the rest is the student's work. Features are drawn as their first three "
-    "principal components in red, green and blue, fitted to the targets of all these images: equal colours mean "
+    "principal components in red, green and blue, fitted to the targets of all these {unit}s: equal colours mean "
     "similar features. The target is the teacher's, the prediction what the student makes of it from what it sees."
 )
 ATTENTION_NOTE = (
-    "How much the last block of the student, shown whole images, attends to each patch: from its class token, or from "
+    "How much the last block of the student, shown whole {unit}s, attends to each patch: from its class token, or from "
     "the patches on average where it has none. The scale counts in shares of an even spread and is the same for all "
     "pictures of a stage; what is missing from the whole goes to the class token itself."
 )
 RETRIEVAL_NOTE = (
-    "The images whose features (mean over patches) lie nearest to a query's by cosine similarity, the nearest first; "
+    "The {unit}s whose features (mean over patches) lie nearest to a query's by cosine similarity, the nearest first; "
     "the query itself is left out."
 )
 
@@ -80,7 +80,7 @@ class _Pictures:
 
 
 def _sections(run: Run, files: _Pictures) -> Iterator[str]:
-    samples = [pictures.few(found) for found in run.samples]
+    samples, unit = [pictures.few(found) for found in run.samples], run.unit
     yield f"<h1>{escape(run.folder.resolve().name)}</h1>"
     yield f'<p class="lead">{escape(_lead(run))}</p>'
     yield _facts(run)
@@ -89,17 +89,17 @@ def _sections(run: Run, files: _Pictures) -> Iterator[str]:
         "What the features are worth",
         files.html("quality", plots.quality(run), "kNN and linear probe accuracy after each stage"),
         _quality_table(run.evaluations),
-        note=QUALITY_NOTE,
+        note=QUALITY_NOTE.format(unit=unit),
     )
     yield _section("Loss", files.html("loss", plots.loss(run), "loss of each stage"))
     yield _section(
         "What a stage sees and asks for",
         *(
             f"<h3>{escape(found.stage)}</h3>"
-            + files.html(f"samples-{index}", pictures.samples(found), f"images, masks and features of {found.stage}")
+            + files.html(f"samples-{index}", pictures.samples(found), f"{unit}s, masks and features of {found.stage}")
             for index, found in enumerate(samples, 1)
         ),
-        note=SAMPLES_NOTE,
+        note=SAMPLES_NOTE.format(unit=unit),
     )
     yield _section(
         "Where the student looks",
@@ -109,16 +109,16 @@ def _sections(run: Run, files: _Pictures) -> Iterator[str]:
             for index, found in enumerate(samples, 1)
             if found.attention is not None
         ),
-        note=ATTENTION_NOTE,
+        note=ATTENTION_NOTE.format(unit=unit),
     )
     yield _section(
-        "Nearest images",
+        f"Nearest {unit}s",
         *(
             f"<h3>{escape(found.stage)}</h3>"
-            + files.html(f"retrieval-{index}", pictures.retrieval(found), f"nearest images of {found.stage}")
+            + files.html(f"retrieval-{index}", pictures.retrieval(found), f"nearest {unit}s of {found.stage}")
             for index, found in enumerate(run.retrieval, 1)
         ),
-        note=RETRIEVAL_NOTE,
+        note=RETRIEVAL_NOTE.format(unit=unit),
     )
     yield _section(
         "Speed",

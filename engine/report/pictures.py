@@ -184,7 +184,7 @@ def attention(
 
 @styled
 def retrieval(found: Retrieval, most: int = 8) -> Figure:
-    """A line a query: the image, and its nearest images with their cosine similarity."""
+    """A line a query: the image, and its nearest images with their cosine similarity; of clips the first frames."""
     count, near = min(most, len(found.queries)), min(COLUMNS - 1, found.neighbours.shape[1])
     aside = 0.16  # between the query and its neighbours
     ratio = found.queries.shape[2] / found.queries.shape[3]
@@ -193,7 +193,9 @@ def retrieval(found: Retrieval, most: int = 8) -> Figure:
     page = _Page(2 * MARGIN + above + count * step + (0.22 if labelled else 0.0))
     columns = [MARGIN + (n > 0) * aside + n * (side + BETWEEN_SAMPLES) for n in range(near + 1)]
     page.text(columns[0] + side / 2, MARGIN + above - 0.06, "query", va="bottom", ha="center")
-    page.text(columns[1], MARGIN + above - 0.06, "nearest images and their cosine similarity", va="bottom", ha="left")
+    clips = found.queries.shape[1] > 1
+    named = f"nearest {'clips (first frames)' if clips else 'images'} and their cosine similarity"
+    page.text(columns[1], MARGIN + above - 0.06, named, va="bottom", ha="left")
     for query in range(count):
         y = MARGIN + above + query * step
         page.picture(columns[0], y, side, side * ratio, found.queries[query, 0])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The images nearest to a few queries, by the cosine of their features.
+    """The images or clips nearest to a few queries, by the cosine of their features.
 
     Attributes:
         stage: number and name of the stage whose features they are.
@@ -104,6 +105,14 @@ class Run:
     data_report: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     config: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What a sample of the run is: "image" or "clip"."""
+        shown = [found.images for found in self.samples] + [found.queries for found in self.retrieval]
+        frames = re.search(r"^data:\n(?: .*\n)*? +frames: (\d+)", self.config, re.MULTILINE)
+        known = [array.shape[1] for array in shown] + ([int(frames[1])] if frames else [])
+        return "clip" if max(known, default=1) > 1 else "image"
 
     @property
     def stages(self) -> list[int]:

@@ -25,10 +25,11 @@ class Console:
     Args:
         enabled: False for the other ranks.
         plain_seconds: least time between two plain lines.
+        unit: what a sample is, "img" or "clips".
     """
 
-    def __init__(self, enabled: bool, plain_seconds: float = 5.0) -> None:
-        self._enabled = enabled
+    def __init__(self, enabled: bool, plain_seconds: float = 5.0, unit: str = "img") -> None:
+        self._enabled, self._unit = enabled, unit
         self._plain_seconds = plain_seconds
         self._spoken = -1e9
         self._last = ""
@@ -64,7 +65,7 @@ class Console:
         if not self._enabled:
             return
         parts = [f"{stage} {step}/{steps}", f"loss {row['loss/total']:.4f}", f"lr {row['lr']:.2e}"]
-        parts.append(f"{row['perf/samples_s']:.0f} img/s")
+        parts.append(f"{row['perf/samples_s']:.0f} {self._unit}/s")
         if row.get("perf/mfu") is not None:
             parts.append(f"MFU {row['perf/mfu']:.0%}")
         parts += [f"data {row['perf/data_wait']:.0%}", f"{duration(remaining)} left"]

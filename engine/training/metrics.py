@@ -162,8 +162,8 @@ class CollapseWatch:
     def alarm(cls, row: dict[str, Any]) -> str | None:
         """What is wrong with a row of metrics, in words; None if nothing is."""
         limits = {
-            "features/rank": (cls.RANK, "the student gives all images nearly one feature: effective rank"),
-            "features/spread": (cls.SPREAD, "the student gives all images nearly one feature: relative spread"),
+            "features/rank": (cls.RANK, "the student gives all samples nearly one feature: effective rank"),
+            "features/spread": (cls.SPREAD, "the student gives all samples nearly one feature: relative spread"),
             "target/std": (cls.TARGET, "the targets are nearly the same for all tokens: standard deviation"),
         }
         for key, (limit, what) in limits.items():

@@ -31,7 +31,7 @@ from cohobate.training.views import (
     timeless,
 )
 
-QUERIES, MEMORY = 6, 2000  # of the picture of nearest images: how many ask, and how many are searched
+QUERIES, MEMORY = 6, 2000  # of the picture of nearest images or clips: how many ask, and how many are searched
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,15 @@ def _aligned_features(method: AMD, images: Tensor, plan: MaskPlan) -> dict[str, 
 def write_retrieval(
     path: Path, stage: Stage, memory: ImageSource, queries: ImageSource | None, *, device: torch.device
 ) -> None:
-    """Write what :class:`cohobate.report.Retrieval` holds: the nearest of 2000 images to 6 others, evenly spread.
+    """Write what :class:`cohobate.report.Retrieval` holds: the nearest of 2000 images or clips to 6 others, evenly
+    spread.
 
     Args:
         path: an ``.npz`` file.
-        memory: what is searched. queries: what for; None: images of the memory, each left out of its own neighbours.
+        memory: what is searched. queries: what for; None: some of the memory, each left out of its own neighbours.
 
     Raises:
-        UserError: weights that are not finite, or a single image.
+        UserError: weights that are not finite, or a single image or clip.
     """
     memory = replace(memory, limit=MEMORY, _cache=[])
     queries = replace(memory if queries is None else queries, limit=QUERIES, _cache=[])

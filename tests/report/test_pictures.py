@@ -176,6 +176,10 @@ def test_nearest_images_with_labels() -> None:
     bare = pictures.retrieval(Retrieval("", queries[:1], near[:1, :2], similarity[:1, :2]))
     assert len(drawn(bare)) == 3 and not any("label" in word for word in texts(bare))
     check_words(bare)
+    clips = pictures.retrieval(Retrieval("", clips_of(2, 4), clips_of(14, 4).reshape(2, 7, 4, 16, 24, 3), similarity))
+    assert texts(figure)[1] == "nearest images and their cosine similarity"
+    assert texts(clips)[1] == "nearest clips (first frames) and their cosine similarity"
+    check_words(clips)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 11])

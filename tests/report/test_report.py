@@ -225,6 +225,26 @@ def test_samples_of_an_older_run_are_read(folder: Path) -> None:
     assert found.same is None
 
 
+def test_clips_are_called_clips(folder: Path) -> None:
+    """By what is shown, and by the configuration before anything is shown."""
+    assert read_run(folder).unit == "image"
+    samples = {"images": np.zeros((2, 4, 8, 8, 3), np.uint8), "visible": np.ones((2, 2, 2, 2), bool)}
+    for stage in (1, 2):
+        np.savez(folder / f"samples-{stage}.npz", stage="1 amd", **samples)
+    shown = {"queries": samples["images"], "neighbours": np.zeros((2, 3, 4, 8, 8, 3), np.uint8)}
+    np.savez(folder / "retrieval-2.npz", stage="2 amd", similarity=np.ones((2, 3)), **shown)
+    assert read_run(folder).unit == "clip"
+    text = write_report(folder).read_text(encoding="utf-8")
+    body = text[text.index("<main>") :]
+    assert "Nearest clips" in Outline(text).headings and "held-out clips" in body and "The clips whose features" in body
+    assert "image" not in re.sub(r'data:image/png;base64,[^"]*', "", body)
+    for file in folder.glob("*.npz"):
+        file.unlink()
+    assert read_run(folder).unit == "image"
+    (folder / "config.yaml").write_text("seed: 7\ndata:\n  root: there\n  frames: 8\nmodel:\n  size: tiny\n")
+    assert read_run(folder).unit == "clip"
+
+
 def test_flat_timing_is_one_bar(folder: Path) -> None:
     (folder / "timing.json").write_text(json.dumps({"data": 3.0, "step": 30.0, "broken": None}))
     assert read_run(folder).timing == {"whole run": {"data": 3.0, "step": 30.0}}

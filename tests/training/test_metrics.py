@@ -81,6 +81,12 @@ def test_the_progress_line(stream: type[io.StringIO], monkeypatch: pytest.Monkey
         assert "loss 0.5000  lr 1.00e-03  1234 img/s  MFU 40%  data 25%  1 m 15 s left" in shown
 
 
+def test_clips_are_counted_as_clips(capfd: pytest.CaptureFixture[str]) -> None:
+    with Console(True, unit="clips") as console:
+        console.progress(ROW, stage="stage 1/1 amd", step=1, steps=1, remaining=0)
+    assert "  1234 clips/s  " in capfd.readouterr().err
+
+
 def test_other_ranks_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
     with Console(False) as console:
         console.say("nothing")
@@ -101,7 +107,7 @@ def test_a_healthy_student_raises_no_alarm_and_a_collapsed_one_does() -> None:
         student.patch_embed.proj.weight.zero_()  # what is left is a function of the position alone
     row = watch.look()
     assert row["features/rank"] == pytest.approx(1.0, abs=0.01) and row["features/spread"] < 1e-3
-    assert "all images nearly one feature: effective rank 1, below 1.5" in str(watch.alarm(row))
+    assert "all samples nearly one feature: effective rank 1, below 1.5" in str(watch.alarm(row))
 
 
 @pytest.mark.parametrize(
