@@ -2,7 +2,10 @@
 
 ``cohobate bench quality demo demo-random --seeds 0 1 2 --json FILE`` trains every recipe with every seed through the
 command line, as a user would, and keeps the evaluations. One JSON line is one evaluation of one run:
-``recipe, seed, loader, stage, stage_name, features, label, metric, value, effective_rank, env``.
+``recipe, seed, settings, stage, stage_name, features, label, metric, value, effective_rank, env``.
+
+Clips are read from shards: ``make demo-video`` makes them, then
+``cohobate bench quality demo-video --data .cache/demo-shards --seeds 0 1 2 --json FILE``.
 """
 
 from __future__ import annotations
@@ -25,17 +28,26 @@ Row = Mapping[str, Any]
 COLUMNS = tuple((features, metric) for features in ("cls", "mean") for metric in ("knn", "linear"))
 
 
-def run(recipe: str, seed: int, settings: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def run(recipe: str, seed: int, settings: Sequence[str], folder: Path, data: str | None = None) -> list[dict[str, Any]]:
     """Train ``recipe`` into ``folder`` and return its evaluations.
 
+    Args:
+        data: where the data set lies, if not where the recipe has it; no setting that a row names.
+
     Raises:
-        UserError: the run failed; its last line says why.
+        UserError: the run failed, its last line says why; or it made no evaluations.
     """
     train = [sys.executable, "-m", "cohobate", "train", recipe, f"seed={seed}", f"run={folder}", *settings]
+    train += [] if data is None else [f"data.root={data}"]
     done = subprocess.run(train, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise UserError(f"{recipe}, seed {seed}: {(done.stdout.strip().splitlines() or ['no output'])[-1]}")
-    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+    written = folder / "evaluations.jsonl"
+    if not written.is_file():
+        raise UserError(
+            f"{recipe}, seed {seed}: expected evaluations, but the run made none (evaluate.enabled, labels)"
+        )
+    rows = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
     keep = ("stage", "stage_name", "features", "label", "metric", "value", "effective_rank")
     return [{"recipe": recipe, "seed": seed, "settings": list(settings), **{k: row[k] for k in keep}} for row in rows]
 
@@ -54,6 +66,12 @@ def table(rows: Iterable[Row], label: str = "texture") -> str:
         cells = [spread(found[column]) for column in shown]
         lines.append(f"| {recipe} | {index} {name} | {' | '.join(cells)} | {max(map(len, found.values()))} |")
     return "\n".join(lines) + "\n"
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A :func:`table` a kind of label."""
+    labels = dict.fromkeys(row["label"] for row in rows)
+    return "\n".join(f"The {label}:\n\n{table(rows, label)}" for label in labels)
 
 
 def _title(row: Row) -> str:
@@ -77,6 +95,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cohobate bench quality", description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="shipped names or YAML files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="(default: 0 1 2)")
+    parser.add_argument("--data", default=None, metavar="FOLDER", help="the data set, if not where the recipe has it")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every run")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="add the evaluations as JSON lines")
     options = parser.parse_args(argv)
@@ -85,12 +104,12 @@ def _main(argv: Sequence[str] | None) -> int:
     for recipe in options.recipes:
         for seed in options.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                found = run(recipe, seed, options.set, Path(folder) / "run")
+                found = run(recipe, seed, options.set, Path(folder) / "run", options.data)
             rows += found
-            print(table(found), flush=True)
+            print(tables(found), flush=True)
             if options.json is not None:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 with options.json.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({**row, "env": environment}) + "\n" for row in found)
-    print(table(rows))
+    print(tables(rows))
     return 0
