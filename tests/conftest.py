@@ -9,7 +9,10 @@ Markers (declared in pyproject.toml):
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header() -> str:
     return "only tests marked `interpreter`" if INTERPRETED else "without the tests marked `interpreter`"
+
+
+@pytest.fixture
+def stub() -> Any:
+    """Stands in for ``torch.cuda``, see ``stub_cuda.py``."""
+    spec = importlib.util.spec_from_file_location("stub_cuda", Path(__file__).with_name("stub_cuda.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Stub()

@@ -55,6 +55,19 @@ def test_overrides_are_typed_and_ordered() -> None:
     assert config.run == "runs/x" and config.optimizer.clip is None and config.seed == 4
 
 
+def test_on_and_off_are_words_and_a_resume_point_does_not_mind(tmp_path: Path) -> None:
+    """YAML reads them as true and false; a dump quotes them."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: demo\nexecution: {cuda_graph: off, ahead: on}\n")
+    config = load(str(path))
+    assert (config.execution.cuda_graph, config.execution.ahead) == ("off", True)
+    assert load("demo", ["execution.cuda_graph=on"]).execution.cuda_graph == "on"
+    path.write_text(dump(config))
+    assert load(str(path)) == config
+    assert configuration.bound(config) == configuration.bound(load("demo"))
+    assert configuration.bound(load("demo", ["precision.teacher=fp8"])) != configuration.bound(config)
+
+
 def test_a_list_of_stages_can_be_replaced_whole() -> None:
     config = load("demo", ["stages=[{name: only, method: mae, steps: 3}]"])
     assert config.stages == (StageConfig(name="only", method="mae", steps=3),)

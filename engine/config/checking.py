@@ -65,7 +65,18 @@ def check(config: Config) -> Config:
         if stage.method == "amd":
             _check_amd(seen)
     _check_sections(config)
+    _check_execution(config)
     return config
+
+
+def _check_execution(config: Config) -> None:
+    """What a teacher that changes, or runs beside the step, rules out."""
+    execution = config.execution
+    for index, stage in enumerate(config.stages):
+        if stage.teacher.momentum is not None:
+            where = f"for stages.{index}.teacher.momentum is given: that teacher changes"
+            _expect(not execution.ahead, "execution.ahead", f"false, {where} in the optimizer's step", True)
+            _expect(config.precision.teacher != "fp8", "precision.teacher", f"bf16 or fp32, {where}", "fp8")
 
 
 def _check_sources(config: Config, index: int, where: str) -> None:

@@ -112,6 +112,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(value, arguments, key)
     if origin is Literal:
+        if isinstance(value, bool) and "on" in arguments:  # YAML reads the words on and off as true and false
+            value = "on" if value else "off"
         if value not in arguments:
             near = suggestion(str(value), [str(word) for word in arguments])
             raise UserError(f"{key}: expected one of {', '.join(map(str, arguments))}; got {value!r}{near}")

@@ -17,7 +17,7 @@ from cohobate.config.conversion import assign, convert, flatten, suggestion, to_
 from cohobate.config.schema import Config
 from cohobate.errors import UserError
 
-# Changing these does not change what is computed, so a checkpoint does not bind them.
+# Changing these does not change what is computed, beyond rounding, so a checkpoint does not bind them.
 FREE_KEYS = (
     "run",
     "device",
@@ -27,6 +27,7 @@ FREE_KEYS = (
     "data.loader",
     "data.workers",
     "data.max_bad",
+    "execution",
     "evaluate",
     "checkpoint",
     "log",

@@ -237,7 +237,25 @@ class PrecisionConfig:
     """Type of the matrix products."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Type of the residual stream between blocks."""
-    teacher: Literal["bf16", "fp32"] = "bf16"
+    teacher: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """fp8: e4m3 products in the teacher's inner blocks, as far as its features pass a gate (CUDA only; not exact)."""
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How a step is carried out. None of it changes a number beyond rounding, so a resume point is not tied to it."""
+
+    checkpointing: Literal["none", "operations", "blocks"] = "none"
+    """What the forward pass keeps for the backward: none: everything; operations: not what is cheap to compute again;
+    blocks: the inputs of the blocks alone."""
+    cuda_graph: Literal["auto", "on", "off"] = "off"
+    """The whole step as one CUDA graph; auto: where it can be, else the reason is said once. Not measured yet, so off."""
+    ahead: bool = False
+    """Compute the teacher's features of the next batch beside the optimizer, on a stream of their own."""
+    compile: bool = False
+    """torch.compile for each transformer block."""
+    shadow: bool = True
+    """bf16 copies of the matrices, written by the optimizer in its own pass and read by the products."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +341,7 @@ class Config:
     stages: tuple[StageConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

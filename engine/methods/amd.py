@@ -13,10 +13,10 @@ linear without bias and belongs to the student's layer: its product is computed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -236,6 +236,28 @@ class AMD(MAE):
                 f"generation term; got {plan.teacher}"
             )
 
+    def forward(
+        self,
+        batch: HasPixels,
+        plan: MaskPlan,
+        *,
+        generator: torch.Generator | None = None,
+        signals: bool = False,
+        features: Sequence[Tensor] | None = None,
+    ) -> StepLoss:
+        """As :meth:`loss`: a wrapper such as DDP calls the module."""
+        return self.loss(batch, plan, generator=generator, signals=signals, features=features)
+
+    def teach(self, batch: HasPixels, plan: MaskPlan, ask: Callable[..., Any] | None = None) -> Any:
+        """The teacher's features of a batch, a list with one a layer, as :meth:`loss` takes them: a function of batch
+        and plan.
+
+        ``ask`` is called in the teacher's place, such as :meth:`cohobate.teacher.graphs.Ahead.start`; what it returns
+        is returned.
+        """
+        seen = renormalise(batch.pixels, self.student, self.teacher)
+        return (self.teacher if ask is None else ask)(seen, plan.teacher_rows)
+
     def loss(
         self,
         batch: HasPixels,
@@ -243,6 +265,7 @@ class AMD(MAE):
         *,
         generator: torch.Generator | None = None,
         signals: bool = False,
+        features: Sequence[Tensor] | None = None,
     ) -> StepLoss:
         """One step's loss.
 
@@ -252,6 +275,7 @@ class AMD(MAE):
             generator: where drop path draws from.
             signals: add "target/std", the spread of the teacher's features over tokens, mean over channels and layers:
                 0 says that the teacher gives every token the same target.
+            features: what :meth:`teach` gave for this batch and plan; None to ask the teacher here.
 
         Returns:
             terms: "loss/pixels", "loss/direct" and "loss/generation", without weights; those of weight 0 are left out.
@@ -261,13 +285,12 @@ class AMD(MAE):
         """
         self.check_plan(batch, plan)
         student, teacher, options = self.student, self.teacher, self.options
-        shown = renormalise(batch.pixels, student, teacher)
-        seen = dict(zip(teacher.layers, teacher(shown, plan.teacher_rows), strict=True))
+        seen = dict(zip(teacher.layers, self.teach(batch, plan) if features is None else features, strict=True))
         layers = sorted({*options.student_layers, student.depth})
         found = student.intermediates(batch.pixels, layers, plan.visible, generator=generator)
-        features = dict(zip(layers, found, strict=True))
-        direct, generated = self.alignment(features, plan)
-        encoded = student.norm(features[student.depth], student.precision.compute)
+        streams = dict(zip(layers, found, strict=True))
+        direct, generated = self.alignment(streams, plan)
+        encoded = student.norm(streams[student.depth], student.precision.compute)
         terms: list[PixelTerm | AlignTerm] = [self.pixel_term(encoded, batch, plan, generator, options.pixel_weight)]
         # Rows of the teacher's streams: its prefix, what both see, what it sees alone. Slices are views.
         both = teacher.prefix + plan.student

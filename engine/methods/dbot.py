@@ -11,7 +11,9 @@ decoder run on every view; the loss is the mean of the single masks' losses, exa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +114,23 @@ class DBOT(nn.Module):
         *,
         generator: torch.Generator | None = None,
         signals: bool = False,
+        features: Sequence[Tensor] | None = None,
     ) -> StepLoss:
         """As :meth:`loss`: a wrapper such as DDP calls the module."""
-        return self.loss(batch, plan, generator=generator, signals=signals)
+        return self.loss(batch, plan, generator=generator, signals=signals, features=features)
+
+    def teach(self, batch: HasPixels, plan: MaskPlan, ask: Callable[..., Any] | None = None) -> Any:
+        """The teacher's features of a batch, a list of one, as :meth:`loss` takes them: a function of batch and plan.
+
+        ``ask`` is called in the teacher's place, such as :meth:`cohobate.teacher.graphs.Ahead.start`; what it returns
+        is returned.
+
+        Raises:
+            UserError: as :meth:`loss`.
+        """
+        rows = self.counted(plan, self.teacher.prefix) if self._masks(batch, plan) == 1 else None
+        seen = renormalise(batch.pixels, self.student, self.teacher)
+        return (self.teacher if ask is None else ask)(seen, queries=rows, norm=self.options.target_norm)
 
     def loss(
         self,
@@ -123,6 +139,7 @@ class DBOT(nn.Module):
         *,
         generator: torch.Generator | None = None,
         signals: bool = False,
+        features: Sequence[Tensor] | None = None,
     ) -> StepLoss:
         """One step's loss.
 
@@ -134,6 +151,7 @@ class DBOT(nn.Module):
             generator: where drop path draws from.
             signals: add "target/std", the spread of the raw target over tokens, mean over channels: 0 says that the
                 teacher gives every token the same target. Over the counted tokens, with several masks over all.
+            features: what :meth:`teach` gave for this batch and plan; None to ask the teacher here.
 
         Returns:
             terms: "loss/align".
@@ -141,12 +159,8 @@ class DBOT(nn.Module):
         Raises:
             UserError: a plan for another number of samples, or one that :meth:`counted` refuses.
         """
-        pixels, options, masks = batch.pixels, self.options, len(plan.order) // max(len(batch.pixels), 1)
-        if len(plan.order) != masks * len(pixels) or not masks:
-            raise UserError(f"plan: expected {len(pixels)} samples or a multiple, got {len(plan.order)}")
-        rows = self.counted(plan, self.teacher.prefix)
-        seen = renormalise(pixels, self.student, self.teacher)
-        (target,) = self.teacher(seen, queries=rows if masks == 1 else None, norm=options.target_norm)
+        pixels, options, masks = batch.pixels, self.options, self._masks(batch, plan)
+        (target,) = self.teach(batch, plan) if features is None else features
         if masks > 1:
             pixels = pixels.repeat(masks, 1, 1, 1, 1)
         prediction = self.predict(pixels, plan, self.counted(plan, self.student.prefix), generator)
@@ -157,10 +171,19 @@ class DBOT(nn.Module):
             loss=options.loss,
             beta=options.beta,
             standardise=options.standardise,
-            target_rows=None if masks == 1 else rows.chunk(masks),
+            target_rows=None if masks == 1 else self.counted(plan, self.teacher.prefix).chunk(masks),
         )
         spread = {"target/std": target.float().flatten(0, 1).std(0).mean()} if signals else None
         return objective([term], spread)
+
+    @staticmethod
+    def _masks(batch: HasPixels, plan: MaskPlan) -> int:
+        """Masks of each sample."""
+        samples = len(batch.pixels)
+        masks = len(plan.order) // max(samples, 1)
+        if len(plan.order) != masks * samples or not masks:
+            raise UserError(f"plan: expected {samples} samples or a multiple, got {len(plan.order)}")
+        return masks
 
     def predict(self, pixels: Tensor, plan: MaskPlan, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """What the student makes of the rows [B, q] int32 in [0, P + N): [B, q, D_T]."""

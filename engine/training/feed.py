@@ -65,21 +65,35 @@ class Feed:
     def open(self, taken: int) -> None:
         """Start the loader after ``taken`` micro-batches of this rank."""
         settings = self.config.data
-        self.loader = data.open_loader(
+        self.loader = self._loader(taken, self.ranks.rank, loader=settings.loader, workers=settings.workers)
+        self.taken = taken
+        self._batches = iter(self.loader)
+
+    def glance(self, taken: int) -> tuple[data.Batch, int]:
+        """The first rank's micro-batch after ``taken`` others, and its epoch: the same on every rank, taken from none.
+
+        Pixels are on the device.
+        """
+        loader = self._loader(taken, 0, loader="torch", workers=0)
+        try:
+            return next(iter(loader)), taken // self.batches_per_epoch
+        finally:
+            loader.close()
+
+    def _loader(self, taken: int, rank: int, **how: Any) -> Any:
+        settings = self.config.data
+        return data.open_loader(
             self.train,
             self._plan(),
             batch_size=settings.batch_size,
-            loader=settings.loader,
             device=str(self.ranks.device),
-            workers=settings.workers,
-            rank=self.ranks.rank,
+            rank=rank,
             world_size=self.ranks.world,
             start=taken,
             channels=settings.channels,
             max_bad=settings.max_bad,
+            **how,
         )
-        self.taken = taken
-        self._batches = iter(self.loader)
 
     def next(self) -> tuple[data.Batch, int]:
         """The next micro-batch on the device, and the epoch it belongs to."""

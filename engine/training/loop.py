@@ -21,15 +21,17 @@ from cohobate.training.console import Console, duration
 from cohobate.training.distributed import Ranks
 from cohobate.training.environment import environment
 from cohobate.training.feed import Feed
+from cohobate.training.graphs import why_not
 from cohobate.training.metrics import Board, Clock, JsonLines, Meter, trim_lines
 from cohobate.training.reporter import Reporter
 from cohobate.training.samples import write_retrieval, write_samples
 from cohobate.training.signals import StopRequest
-from cohobate.training.stages import Stage, StageManager, source_hashes
+from cohobate.training.stages import Stage, StageManager, quantise_teacher, source_hashes
 from cohobate.training.step import Step
 
 WATCHED, WATCHED_CLIPS = 64, 16  # images, or clips, by which a collapse is noticed
 SEARCHED_CLIPS = 500  # of the picture of nearest clips
+CALIBRATED = 32  # images or clips that the scales of an fp8 teacher come from
 
 
 class Stopped(Exception):
@@ -52,7 +54,8 @@ def train(config: Config) -> tuple[Path | None, int]:
     """
     ranks = distributed.start(config.device)
     try:
-        with Console(ranks.first) as console, StopRequest() as stop:
+        unit = "clips" if config.data.frames > 1 else "img"
+        with Console(ranks.first, unit=unit) as console, StopRequest() as stop:
             run = Run(configuration.check(config), ranks, console, stop)
             try:
                 run.go()
@@ -73,6 +76,7 @@ class Run:
         self.config, self.ranks, self.console, self.stop = config, ranks, console, stop
         self.folder = Path(config.run)
         self.begin = time.perf_counter()
+        _check_device(config, ranks)
         self.clock = Clock(ranks.device)
         self.meter = Meter()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, ranks)
@@ -93,6 +97,7 @@ class Run:
         self.timing: dict[str, dict[str, float]] = {}
         self.train_images, self.test_images = self.feed.sources()
         self._watched: Tensor | None = None
+        self._said: set[str | None] = {None}
         if ranks.first:
             self._open_files()
         distributed.barrier(ranks)
@@ -142,7 +147,9 @@ class Run:
     def _train_stage(self, stage: Stage) -> Stage:
         if self.progress["stage"] != stage.index:
             self.progress = {"stage": stage.index, "stage_step": 0, "step": self.progress["step"]}
+        self._quantise(stage)
         step = Step(stage, self.ranks, self.clock, self.meter, self.feed.next)
+        self._say_why_no_graph(stage)
         images = self._watched_images()
         reporter = Reporter(self.ranks, self.clock, self.meter, stage, self.progress["stage_step"], images)
         self.clock.mark("setup")
@@ -167,8 +174,41 @@ class Run:
                 saved = time.monotonic()
             if asked:
                 raise Stopped(self.stop.code or 143)
+        step.close()
         self._finish_stage(stage)
         return stage
+
+    def _quantise(self, stage: Stage) -> None:
+        """Give a stage its fp8 teacher: calibrated on the stage's first batch, so a resumed run gets the same one.
+
+        A teacher that fails the gate stays as it is, and the run says so: it may have trained for days to get here.
+        """
+        if self.config.precision.teacher != "fp8" or stage.teacher is None:
+            return
+        taken = sum(self.manager.steps[: stage.index]) * self.config.optimizer.accumulate
+        batch, epoch = self.feed.glance(taken)
+        plan = stage.plan(batch.sample_ids[:CALIBRATED], epoch, masks=1)
+        title = f"stage {stage.index + 1} {stage.name}"
+        try:
+            report = quantise_teacher(stage, batch.pixels[:CALIBRATED], plan)
+        except UserError as error:
+            self.console.say(f"{title}: the teacher stays in bf16: {error}")
+            return
+        if self.ranks.first:
+            name = f"teacher-fp8-{stage.index + 1}.json"
+            self._write_json(name, report.rows())
+            worst = min(report.features.values(), key=lambda each: each.cosine)
+            self.console.say(
+                f"{title}: teacher in fp8 in {report.quantised} of {len(report.blocks)} blocks; "
+                f"features against bf16: {worst}; {name}"
+            )
+
+    def _say_why_no_graph(self, stage: Stage) -> None:
+        """Once a run: why a GPU replays no graph of the whole step."""
+        reason = why_not(stage.config, self.ranks)
+        if self.config.execution.cuda_graph == "auto" and self.ranks.device.type == "cuda" and reason not in self._said:
+            self._said.add(reason)
+            self.console.say(f"execution.cuda_graph: off, for {reason}")
 
     def _watched_images(self) -> Tensor | None:
         """Images or clips from the whole range of the held-out part, by which the first rank watches for a collapse."""
@@ -232,7 +272,7 @@ class Run:
         try:
             write_retrieval(file, stage, memory, self.test_images, device=self.ranks.device)
         except UserError as error:
-            self.console.say(f"stage {stage.index + 1} {stage.name}: no picture of nearest images: {error}")
+            self.console.say(f"stage {stage.index + 1} {stage.name}: no picture of what lies nearest: {error}")
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -316,13 +356,14 @@ class Run:
         state["updater"] = stage.updater.counters()
         checkpoints.load(point, state, self.ranks)
         checkpoints.restore_optimizer(stage.trained, stage.updater.optimizer, state)
+        stage.updater.write_shadows()
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _open_files(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(configuration.dump(self.config), encoding="utf-8")
-        self._write_json("environment.json", environment(self.ranks))
+        self._write_json("environment.json", self._environment())
         metrics = self.folder / "metrics.jsonl"
         if self.point is not None:
             for path in (metrics, self.folder / "evaluations.jsonl"):
@@ -334,6 +375,15 @@ class Run:
                 path.unlink(missing_ok=True)
         self.lines = JsonLines(metrics)
         self.board = Board(self.folder / "tensorboard", self.config.log.tensorboard)
+
+    def _environment(self) -> dict[str, Any]:
+        """For ``environment.json``; says so where a resumed run decodes its videos in other colours than before."""
+        found, file = environment(self.ranks, self.feed.train), self.folder / "environment.json"
+        if self.point is not None and file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8")).get("video_decoder")
+            if before != found.get("video_decoder"):
+                self.console.say(f"videos were decoded by {before}, from here on by {found.get('video_decoder')}")
+        return found
 
     def _write_json(self, name: str, value: Any) -> None:
         (self.folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -353,6 +403,17 @@ class Run:
         if self.ranks.first:
             self.lines.close()
             self.board.close()
+
+
+def _check_device(config: Config, ranks: Ranks) -> None:
+    """Raise a UserError for what is asked for by name and these ranks cannot do."""
+    kind = ranks.device.type
+    if config.precision.teacher == "fp8" and kind != "cuda":
+        raise UserError(f"precision.teacher: expected bf16 or fp32, for the device is {kind}, got fp8")
+    for index in range(len(config.stages)):
+        reason = why_not(configuration.for_stage(config, index), ranks)
+        if config.execution.cuda_graph == "on" and reason is not None:
+            raise UserError(f"execution.cuda_graph: expected auto or off, for {reason}, got on")
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

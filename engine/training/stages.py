@@ -26,13 +26,15 @@ from cohobate.masking import MaskPlan, mask_plan
 from cohobate.methods import AMD, DBOT, MAE, Alignment, AMDOptions, DBOTOptions, MAEOptions, SymmetricDBOT
 from cohobate.models import Decoder, MaskTokenHead, PixelDecoder, Precision, VisionTransformer, build
 from cohobate.models.exports import CONFIG, export, find_export, load_encoder
-from cohobate.teacher import FrozenTeacher, Teacher, from_student, load_teacher
+from cohobate.models.layers import compile_blocks, set_checkpointing
+from cohobate.teacher import FrozenTeacher, Teacher, fp8, from_student, load_teacher
 from cohobate.teacher.momentum import MomentumTeacher
+from cohobate.teacher.sources import resize_pixels
 from cohobate.training.distributed import Ranks, barrier, derive_seed
 from cohobate.training.optimizer import Updater
 from cohobate.training.schedule import Schedule, peak_rate
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8 begins as bf16
 
 
 @dataclass
@@ -176,6 +178,9 @@ class StageManager:
         """
         config, stage = configuration.for_stage(self.config, index), self.config.stages[index]
         method = self._method(index, self.initial_student(index)).to(self.ranks.device).train()
+        set_checkpointing(method, config.execution.checkpointing)
+        if config.execution.compile:
+            compile_blocks(method)
         module: nn.Module = method
         if self.ranks.many:
             # Sends the first rank's weights to all. Buffers (the teacher) are not sent again at every step.
@@ -187,6 +192,7 @@ class StageManager:
             eps=config.optimizer.eps,
             clip=config.optimizer.clip,
             rule=config.optimizer.decay,
+            shadow=config.execution.shadow,
         )
         if self.config.compat.keep_optimizer and before is not None:
             _carry_moments(before, method, updater)
@@ -284,6 +290,29 @@ class StageManager:
             )
         except UserError as error:
             raise UserError(f"stages.{index}.teacher.{error}") from None
+
+
+def quantise_teacher(stage: Stage, pixels: Tensor, plan: MaskPlan) -> fp8.Report:
+    """Turn the teacher of a stage into one that runs in fp8, as far as its gate lets it; returns what was measured.
+
+    Args:
+        pixels: [B, T, H, W, C] uint8, of the stage's own data: they decide the scales, so all ranks must have the same.
+        plan: their masks.
+
+    Raises:
+        UserError: a teacher that runs as it is, or that cannot be quantised inside the gate.
+    """
+    method = stage.method
+    assert isinstance(method, (DBOT, AMD))
+    teacher, runtime = method.teacher, getattr(method.teacher, "teacher", method.teacher)
+    try:
+        if not isinstance(runtime, FrozenTeacher):
+            raise UserError(f"teacher: fp8 expected one that can be rebuilt; {teacher.name} runs as it is")
+        if runtime is not teacher:
+            pixels = resize_pixels(pixels, (runtime.grid.height, runtime.grid.width), teacher)
+        return fp8.quantise(runtime, pixels, rows=plan.teacher_rows if isinstance(method, AMD) else None)
+    except UserError as error:
+        raise UserError(f"stages.{stage.index}.{error}") from None
 
 
 def _no_buffer_sync() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import torch
 
 from cohobate import data
 from cohobate.config import Config, load
+from cohobate.training.distributed import Ranks
+from cohobate.training.feed import Feed
+from cohobate.training.metrics import Clock, Meter
+from cohobate.training.stages import Stage, StageManager
+from cohobate.training.step import Step
 
 TINY = [
     "data.generate=null",
@@ -29,6 +35,26 @@ TINY = [
     "log.tensorboard=false",
     "device=cpu",
 ]
+
+OTHER = "random:vit_tiny?image_size=16&patch=4&width=48&depth=1&heads=4"
+METHODS = {
+    "mae": [],
+    "dbot": ["stages.0.method=dbot", "stages.0.teacher={source: random}"],
+    "block masks": ["mask.kind=block", "mask.count=6"],
+    "momentum": ["stages.0.method=dbot", "stages.0.teacher={source: random, momentum: 0.9}"],
+    "amd": [
+        f"stages=[{{name: only, method: amd, steps: 6, teacher: {{source: model, spec: '{OTHER}'}}}}]",
+        "amd={direct: [[2, 1]], generation: [[1, 1], [2, 1]]}",
+        "mask.teacher_ratio=0.5",
+    ],
+    "symmetric": [
+        f"stages=[{{name: only, method: dbot, steps: 6, teacher: {{source: model, spec: '{OTHER}'}}}}]",
+        "dbot={student: symmetric, loss: cosine, standardise: false, final_norm: true, cls: false}",
+        "model.positions=none",
+        "model.relative_positions=true",
+        "model.layer_scale=0.1",
+    ],
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +91,23 @@ class Tiny:
     def config(self, run: str, *overrides: str) -> Config:
         return load("demo", self.words(run, *overrides))
 
+    def prepared(self, config: Config) -> tuple[Stage, Step, Meter]:
+        """The first stage of a run and its step, fed with two batches in turn, over and over."""
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        stage, meter, feed = StageManager(config, ranks, Path(config.run), 4).enter(0), Meter(), Feed(config, ranks)
+        feed.open(0)
+        batches = [feed.next()[0] for _ in range(2)]
+        feed.close()
+        turn = itertools.cycle(batches)
+        return stage, Step(stage, ranks, Clock(ranks.device), meter, lambda: (next(turn), 0)), meter
+
 
 @pytest.fixture
 def tiny(images: Path, tmp_path: Path) -> Tiny:
     return Tiny(images, tmp_path)
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> list[str]:
+    """Settings of a method whose step is to be looked at."""
+    return METHODS[request.param]
