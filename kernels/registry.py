@@ -20,6 +20,7 @@ import torch
 from cohobate.kernels import native, triton_support
 
 IMPLEMENTATIONS = ("reference", "native", "triton")
+EVERY = "*"
 LIBRARY = torch.library.Library("cohobate", "DEF")
 
 log = logging.getLogger("cohobate.kernels")
@@ -50,7 +51,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-_overrides: list[str] = []
+_overrides: list[dict[str, str]] = []  # each block's, with those around it: op -> backend; EVERY for the others
 _logged: set[tuple[str, str]] = set()
 
 
@@ -126,12 +127,20 @@ def choose(name: str, tensor: torch.Tensor, backend: str | None = None, **facts:
     Raises:
         ValueError: ``backend`` is not a known name, or the one asked for by name cannot run (every reason is listed).
     """
-    return _resolve(name, tensor.device.type, backend if backend is not None else asked(), tuple(facts.items()))
+    return _resolve(name, tensor.device.type, backend if backend is not None else asked(name), tuple(facts.items()))
 
 
-def asked() -> str | None:
-    """The backend that the innermost :func:`use_backend` around this call asks for; None for none."""
-    return _overrides[-1] if _overrides else None
+def asked(name: str | None = None) -> str | None:
+    """The backend that :func:`use_backend` around this call asks of op ``name``; None for none.
+
+    Without a name: a text that differs where any op's would (part of the key of a captured graph).
+    """
+    if not _overrides:
+        return None
+    wanted = _overrides[-1]
+    if name is None:
+        return ", ".join(f"{op}={backend}" for op, backend in sorted(wanted.items()))
+    return wanted[name] if name in wanted else wanted.get(EVERY)
 
 
 def _resolve(name: str, device: str, backend: str | None, facts: tuple[tuple[str, Any], ...]) -> str:
@@ -159,14 +168,20 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Run every op inside the block with this backend (an argument of a call still wins).
+def use_backend(backend: str, *ops: str) -> Iterator[None]:
+    """Run the named ops, or without names every op, inside the block with this backend (an argument still wins).
+
+    Of nested blocks the inner one wins, for the ops that it is about.
 
     Raises:
-        ValueError: ``backend`` is none of auto, reference, native, triton.
+        ValueError: ``backend`` is none of auto, reference, native, triton, or there is no such op.
     """
     _check_name("backend", backend)
-    _overrides.append(backend)
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"ops: expected some of {', '.join(sorted(OPS))}; got {op!r}")
+    outer = _overrides[-1] if ops and _overrides else {}
+    _overrides.append({**outer, **dict.fromkeys(ops or (EVERY,), backend)})
     try:
         yield
     finally:

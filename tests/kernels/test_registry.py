@@ -46,6 +46,27 @@ def test_argument_wins_over_context_over_environment_over_auto(monkeypatch: pyte
     assert choose("take", CPU) == "reference"
 
 
+@needs_native
+def test_context_for_some_ops_leaves_the_others() -> None:
+    with use_backend("reference", "take", "put"):
+        assert (choose("take", CPU), choose("put", CPU), choose("assemble", CPU)) == (
+            "reference",
+            "reference",
+            "native",
+        )
+        with use_backend("native", "put"):  # the inner block is about one of them
+            assert (choose("take", CPU), choose("put", CPU)) == ("reference", "native")
+        with use_backend("native"):  # and this one about all
+            assert choose("take", CPU) == "native"
+        keys = {registry.asked()}
+        with use_backend("native", "put"):
+            keys.add(registry.asked())
+        assert len(keys) == 2 and None not in keys
+    assert choose("take", CPU) == "native" and registry.asked() is None
+    with pytest.raises(ValueError, match=r"ops: expected some of .*take.*; got 'tkae'"), use_backend("native", "tkae"):
+        pass
+
+
 def test_context_is_left_when_its_block_raises() -> None:
     before = choose("take", CPU)
     with pytest.raises(KeyError), use_backend("reference"):
@@ -159,6 +180,12 @@ def test_compiled_code_sees_a_constant() -> None:
         assert torch.equal(compiled(None), call(None))
     assert len(seen) == 4
     assert "gather" in seen[3].code and "gather" not in seen[0].code
+    with use_backend("reference", "take"):  # and so is one for this op alone
+        assert torch.equal(compiled(None), call(None))
+    assert "gather" in seen[-1].code
+    with use_backend("reference", "put"):
+        assert torch.equal(compiled(None), call(None))
+    assert "gather" not in seen[-1].code
 
 
 def test_importing_the_package_lists_every_op() -> None:
