@@ -3,6 +3,7 @@
 #   make demo LOADER=dali-cpu         another image loader (auto, torch, dali-cpu, dali-gpu)
 #   make demo RUN=runs/demo-...       goes on with a run that was interrupted; without it every demo is a new run
 #   make test PYTHON=python3.12       another Python
+#   make gpu-proof PROOF=--rest       goes on with what has not passed yet (PROOF=--list names the parts)
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                                     a CPU-only torch (on Linux the default one brings the CUDA libraries)
 
@@ -11,6 +12,7 @@ VENV        ?= .venv
 LOADER      ?= auto
 CACHE       ?= .cache
 TORCH_INDEX ?=
+PROOF       ?=
 ifndef RUN
 RUN         := runs/$(if $(filter demo-video,$(MAKECMDGOALS)),demo-video,demo)-$(shell date +%Y%m%d-%H%M%S)
 endif
@@ -25,10 +27,10 @@ PIP     := $(BIN)/python -m pip install -qq --disable-pip-version-check --progre
 SECONDS = $$(( $$(date +%s) - start ))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-video test lint native bench gpu-proof figures clean distclean
+.PHONY: help demo demo-video test lint native bench bench-check gpu-proof figures clean distclean
 
 help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 
 # torch goes first and alone: what follows then finds it installed and does not choose another build of it. timm, which
 # only tests read, goes without its torchvision, which would.
@@ -72,8 +74,11 @@ bench: $(STAMP) native ## time the kernels on this CPU
 	@mkdir -p build
 	@$(BIN)/cohobate bench kernels --device cpu --json build/bench-kernels.jsonl
 
-gpu-proof: $(STAMP) native ## on a machine with a GPU: GPU tests and timings, as JSON lines
-	@$(BIN)/python -m cohobate.benchmarks.gpu_proof
+bench-check: $(STAMP) native ## the same, and fail if one became slower than its stored row by a tenth
+	@$(BIN)/cohobate bench kernels --device cpu --fail-if-slower 10
+
+gpu-proof: $(STAMP) native ## on a machine with a GPU: its tests and timings, in ten minutes
+	@$(BIN)/python -m cohobate.benchmarks.gpu_proof $(PROOF)
 
 figures: $(STAMP) ## tables and figures of the documents, from the stored results
 	@$(BIN)/python -m cohobate.benchmarks.report

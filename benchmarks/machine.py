@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -20,6 +21,7 @@ import torch
 from cohobate.kernels import Cost, native
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = re.compile(r".*-(\d{4}-\d{2}-\d{2})$")  # of results: machine and date
 CODE = ("kernels", "engine", "benchmarks", "setup.py", "CMakeLists.txt", ":!benchmarks/results")
 DTYPES = {
     "fp32": torch.float32,
@@ -118,7 +120,13 @@ def _cpu_mhz() -> float | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """(commit, whether the code differs from it); (None, None) outside a git checkout."""
+    """(commit, whether the code differs from it); (None, None) where neither git nor COHOBATE_COMMIT knows.
+
+    Who copies a clean tree without its history to another machine names it: ``COHOBATE_COMMIT=abc123``.
+    """
+    told = os.environ.get("COHOBATE_COMMIT")
+    if told:
+        return told[:12], False
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         return None, None
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
@@ -128,6 +136,13 @@ def _commit() -> tuple[str | None, bool | None]:
         ["git", "-C", str(ROOT), "status", "--porcelain", "--", *CODE], capture_output=True, text=True
     )
     return head.stdout.strip(), bool(status.stdout.strip())
+
+
+def stored(root: Path, stem: str) -> list[Path]:
+    """Every ``benchmarks/results/*-YYYY-MM-DD/STEM.jsonl``, newest first."""
+    folders = [f for f in (root / "benchmarks" / "results").glob("*") if FOLDER.match(f.name)]
+    folders.sort(key=lambda f: (f.name[-10:], f.name), reverse=True)
+    return [folder / f"{stem}.jsonl" for folder in folders if (folder / f"{stem}.jsonl").is_file()]
 
 
 class Others:

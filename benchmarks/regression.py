@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from cohobate.benchmarks.harness import Row
+from cohobate.benchmarks import machine
+from cohobate.benchmarks.harness import Row, read_rows
+from cohobate.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,25 @@ class Verdict:
     slower: tuple[str, ...]
     compared: int
     text: str
+
+
+def stored_rows(path: Path | None, stem: str, kind: str) -> list[Row]:
+    """Rows of this kind of machine: of the file, or else of the newest results folder that holds ``STEM.jsonl`` of it.
+
+    Read before anything is measured: rows of another kind of machine say nothing, and that is better said at once.
+
+    Raises:
+        UserError: there are none.
+    """
+    seen: set[str] = set()
+    for file in machine.stored(machine.ROOT, stem) if path is None else [path]:
+        rows = read_rows(file)
+        own = [row for row in rows if row.env.get("kind") == kind]
+        if own:
+            return own
+        seen |= {str(row.env.get("kind")) for row in rows}
+    there = ", ".join(sorted(seen)) or "none"
+    raise UserError(f"--against: expected stored rows of this kind of machine ({kind}), got {there}")
 
 
 def key(row: Row) -> tuple[str, ...]:

@@ -78,9 +78,10 @@ class CudaTimer:
 
     def prepare(self, provider: Timeable) -> Callable[[], float]:
         function, reset, calls = provider.function, provider.reset, provider.copies
-        side = torch.cuda.Stream()
+        # The warm-up on a side stream, as CUDA graphs ask; not without one, for a stream keeps the memory it was given.
+        side = torch.cuda.Stream() if provider.capture else torch.cuda.current_stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # warm-up on a side stream, as CUDA graphs ask
+        with torch.cuda.stream(side):
             for _ in range(max(3, calls)):
                 if reset is not None:
                     reset()
@@ -90,7 +91,8 @@ class CudaTimer:
         run = function
         if provider.capture:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # The stream outside too: a capture that fails does not leave it.
+            with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
                 for _ in range(calls):
                     function()
             run = graph.replay

@@ -16,7 +16,8 @@ from cohobate.kernels import alignment, tokens
 
 pytestmark = pytest.mark.gpu
 
-OPS = [*cases.CASES, *cases.MORE]
+# An op that changes its own inputs gives another answer at every call: tests/kernels/optimizer.
+OPS = [name for name in (*cases.CASES, *cases.MORE) if name != "adamw"]
 SMALL = Sizes(batch=4, width=96, image=32, patch=8, decoder=64)
 FAR = 2**31 + 2**10  # elements between two samples: more than 32 bits can count
 

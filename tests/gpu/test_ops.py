@@ -23,7 +23,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # The native kernels take fp32 and bf16; the Triton kernels fp16 as well.
 CPU = [("cpu", dtype) for dtype in ("fp32", "bf16")]
 CUDA = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in ("fp32", "bf16", "fp16")]
-OPS = [*cases.CASES, *cases.MORE]
+# An op that changes its own inputs gives another answer at every call: tests/kernels/optimizer.
+OPS = [name for name in (*cases.CASES, *cases.MORE) if name != "adamw"]
 SIZES = {
     "even": Sizes(batch=2, width=64, image=32, patch=8, decoder=32),
     "odd": Sizes(batch=3, width=33, image=35, patch=5, decoder=17, keep=0.3),
