@@ -1,24 +1,22 @@
-"""The video case of ``bench data``: ten-second H.264 files, and clips of 16 frames from them as one writes it."""
+"""The video case of ``bench data``: ten-second H.264 files, shards of their frames, and clips of 16 frames of both."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cohobate import data
-from cohobate.data.video.decode import read_frames
+from cohobate.benchmarks.reference import loader
+from cohobate.benchmarks.reference.loader import FRAMES, STRIDE
 from cohobate.data.video.encode import encode_clip
 
-FRAMES, STRIDE = 16, 4
-TOLERANCE = 0.03  # mean difference of pixels over their mean: JPEG of quality 90 is among what is compared
+BASELINES = ("literal", "pyav")
+# Mean difference of pixels over their mean: JPEG of quality 90 is among what is compared, and two ways to RGB.
+TOLERANCE = 0.03
 _SHARDS = "shards"
 
 
@@ -50,62 +48,27 @@ def plan(count: int, size: int) -> data.ClipPlan:
     return data.ClipPlan(count, seed=0, image_size=size, frames=FRAMES, stride=STRIDE)
 
 
-class PyavClips(Dataset[Tensor]):
-    """A map-style data set: seek, decode, convert, crop and resize frame by frame with Pillow."""
-
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return 1 << 20  # the same few files again and again
-
-    def __getitem__(self, index: int) -> Tensor:
-        import av
-
-        side, frames = random.choice((256, 224, 192, 168)), []
-        top, left = random.randint(0, 256 - side), random.randint(0, 340 - side)
-        with av.open(self.paths[index % len(self.paths)]) as file:
-            stream = file.streams.video[0]
-            stream.codec_context.thread_count = 1
-            begin = random.randint(0, stream.frames - FRAMES * STRIDE)
-            tick = float(stream.average_rate * stream.time_base)
-            file.seek(int(begin / tick), stream=stream)
-            for frame in file.decode(stream):
-                place = round(frame.pts * tick) - begin
-                if place >= 0 and place % STRIDE == 0:
-                    image = frame.to_image().crop((left, top, left + side, top + side))
-                    frames.append(np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR)))
-                if len(frames) == FRAMES:
-                    break
-        return torch.from_numpy(np.stack(frames))
-
-
 def batches(name: str, folder: Path, batch_size: int, size: int, workers: int) -> Iterator[object]:
     """Endless batches of a loader."""
     found = manifest(folder, name)
-    if name != "pyav":
-        return iter(
-            data.open_loader(found, plan(len(found), size), batch_size=batch_size, loader="torch", workers=workers)
-        )
-    clips = PyavClips(list(found.paths), size)
-    return iter(DataLoader(clips, batch_size=batch_size, shuffle=True, num_workers=workers))
+    if name in BASELINES:
+        return loader.batches(loader.Clips(list(found.paths), size, floats=name == "literal"), batch_size, workers)
+    return iter(data.open_loader(found, plan(len(found), size), batch_size=batch_size, loader="torch", workers=workers))
 
 
 def difference(folder: Path, name: str, size: int) -> float:
-    """Mean difference over the mean to the video files' frames and Pillow, of two clips with the plan's boxes."""
+    """Mean difference over the mean to the literal clips of the files, of two with the plan's frames and boxes."""
     found, videos = manifest(folder, name), manifest(folder, "torch")
     made = plan(len(found), size)
-    with data.open_loader(found, made, batch_size=2, loader="torch", workers=0) as loader:
-        batch = next(loader)
+    with data.open_loader(found, made, batch_size=2, loader="torch", workers=0) as batches:
+        batch = next(batches)
     ids = batch.sample_ids.numpy()
     boxes, _ = made.crops(0, ids, found.heights[ids], found.widths[ids])
     total = error = 0.0
     for row, video in enumerate(ids.tolist()):
         top, left, height, width = boxes[row].tolist()
         wanted = made.clip_frames(0, ids[row : row + 1], found.frames[ids[row : row + 1]])[0, 0]
-        for place, frame in enumerate(read_frames(videos, video, wanted.tolist())):
-            image = Image.fromarray(frame).crop((left, top, left + width, top + height))
-            expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
-            error += float(np.abs(batch.pixels[row, place].numpy() - expected).mean())
-            total += float(expected.mean())
+        expected = loader.clip(videos.paths[video], wanted.tolist(), (top, left, height, width), size).astype(int)
+        error += float(np.abs(batch.pixels[row].numpy() - expected).mean())
+        total += float(expected.mean())
     return error / total

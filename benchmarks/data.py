@@ -1,4 +1,7 @@
-"""Images or clips a second from files to a batch in memory: our loaders beside a plain Pillow or PyAV DataLoader.
+"""Images or clips a second from files to a batch in memory: our loaders beside a Pillow or PyAV DataLoader.
+
+"literal" hands over normalised fp32 as published codes do; "pillow" and "pyav" are the same without that, and give the
+uint8 pixels that ours give.
 
 Every loader is a process of its own with the same number of workers. One runs at a time: the others are stopped by
 signals, and slices of a second or two are given out in turns, so that a slow minute of the machine hits all of them.
@@ -15,7 +18,6 @@ import io
 import math
 import multiprocessing
 import os
-import random
 import signal
 import tempfile
 import time
@@ -28,16 +30,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cohobate import data
 from cohobate.benchmarks import clips, command, harness, timing
+from cohobate.benchmarks.reference import loader
 from cohobate.errors import UserError
 
-LOADERS = ("pillow", "torch", "dali-cpu")
-CLIP_LOADERS = ("pyav", "torch", "torch-shards")  # of video files, but for the last, which reads shards of their frames
-BASELINES = ("pillow", "pyav")
+LOADERS = ("literal", "pillow", "torch", "dali-cpu", "dali-gpu")
+CLIP_LOADERS = ("literal", "pyav", "torch", "torch-shards")  # of video files; the last one of shards of their frames
+BASELINES = ("literal", "pillow", "pyav")
 _WARM_S = 0.5  # of every slice, not counted
 _TOLERANCE = 0.01  # mean difference of pixels over their mean: about one level, which rounding twice explains
 
@@ -54,7 +55,8 @@ class Case:
     @property
     def shape(self) -> str:
         """As it is printed."""
-        return f"{self.batch_size} {self.unit}s -> {f'{self.frames} x ' if self.frames > 1 else ''}{self.size} px"
+        size, kernel = (f"{self.frames} x {self.size}", "bilinear") if self.frames > 1 else (self.size, "bicubic")
+        return f"{self.batch_size} {self.unit}s -> {size} px, {kernel}"
 
     @property
     def unit(self) -> str:
@@ -67,61 +69,6 @@ CASES = {
     "tiny": Case("data.tiny", 128, 32),  # the generated set of the demo, 40 x 40
     "clips": Case("data.clips", 8, 224, clips.FRAMES),  # H.264, 340 x 256, ten seconds: about a Kinetics file
 }
-
-
-# -- the baseline: how one writes it ----------------------------------------------------------------------------------
-
-
-def pillow_sample(path: str, box: tuple[int, int, int, int], flip: bool, size: int) -> NDArray[np.uint8]:
-    """Decode, crop, resize, mirror with Pillow: uint8 [size, size, 3]."""
-    top, left, height, width = box
-    with Image.open(path) as file:
-        image = file.convert("RGB").crop((left, top, left + width, top + height))
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(image)
-
-
-class PillowImages(Dataset[Tensor]):
-    """A map-style data set with random crops, as in countless training scripts."""
-
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        with Image.open(self.paths[index]) as file:
-            width, height = file.size
-        box = random_box(height, width)
-        return torch.from_numpy(pillow_sample(self.paths[index], box, random.random() < 0.5, self.size))
-
-
-def random_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop, scale 0.2 to 1, with the cheapest random numbers there are."""
-    for _ in range(10):
-        area = height * width * random.uniform(0.2, 1)
-        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return random.randint(0, height - h), random.randint(0, width - w), h, w
-    return 0, 0, height, width
-
-
-def pillow_batches(paths: Sequence[str], case: Case, workers: int) -> Iterator[Tensor]:
-    """Endless batches of the baseline."""
-    loader = DataLoader(
-        PillowImages(paths, case.size),
-        batch_size=case.batch_size,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
-        persistent_workers=workers > 0,
-    )
-    while True:
-        yield from loader
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -144,21 +91,22 @@ def make_photos(folder: Path, count: int, seed: int) -> Path:
 
 
 def plan_for(manifest: data.Manifest, case: Case) -> data.SamplePlan:
-    """Crops of scale 0.2 to 1, bilinear, flipped half of the time."""
-    return data.SamplePlan(len(manifest), seed=0, image_size=case.size, interpolation="bilinear")
+    """Crops of scale 0.2 to 1, bicubic, flipped half of the time."""
+    return data.SamplePlan(len(manifest), seed=0, image_size=case.size)
 
 
 def difference(manifest: data.Manifest, case: Case, name: str) -> float:
     """Mean difference to Pillow over the mean, of one batch with the plan's crops."""
     plan = plan_for(manifest, case)
-    with data.open_loader(manifest, plan, batch_size=case.batch_size, loader=name, workers=1) as loader:
-        batch = next(loader)
+    options: dict[str, Any] = {"batch_size": case.batch_size, "loader": name, "workers": 1, "device": _device(name)}
+    with data.open_loader(manifest, plan, **options) as batches:
+        batch = next(batches).to("cpu")
     ids = batch.sample_ids.numpy()
     boxes, flips = plan.crops(0, ids, manifest.heights[ids], manifest.widths[ids])
     total = error = 0.0
     for row, sample in enumerate(ids.tolist()):
         top, left, height, width = boxes[row].tolist()
-        expected = pillow_sample(manifest.paths[sample], (top, left, height, width), bool(flips[row]), case.size)
+        expected = loader.image(manifest.paths[sample], (top, left, height, width), bool(flips[row]), case.size)
         error += float(np.abs(batch.pixels[row, 0].numpy().astype(int) - expected).mean())
         total += float(expected.mean())
     return error / total
@@ -224,14 +172,23 @@ def _consume(name: str, source: Path, case: Case, workers: int, count: Any) -> N
     batches: Iterator[Any]
     if case.frames > 1:
         batches = clips.batches(name, source, case.batch_size, case.size, workers)
-    elif name == "pillow":
-        batches = pillow_batches(list(data.build_manifest(source).paths), case, workers)
+    elif name in BASELINES:
+        images = loader.Images(list(data.build_manifest(source).paths), case.size, floats=name == "literal")
+        batches = loader.batches(images, case.batch_size, workers)
     else:
         manifest = data.build_manifest(source)
         options: dict[str, Any] = {"batch_size": case.batch_size, "loader": name, "workers": workers}
+        options["device"] = _device(name)
         batches = iter(data.open_loader(manifest, plan_for(manifest, case), **options))
     for _ in batches:
+        if name == "dali-gpu":
+            torch.cuda.synchronize()  # a batch counts when it is there
         count.value += case.batch_size
+
+
+def _device(name: str) -> str:
+    """Where a loader's batches end."""
+    return "cuda" if name == "dali-gpu" else "cpu"
 
 
 def measure(
@@ -247,7 +204,8 @@ def measure(
     """One row a loader; times are milliseconds an image or a clip."""
     rows = []
     for name in loaders:
-        role = "eager" if name in BASELINES else "ours" if name == "torch" else "other"
+        ours = name.startswith("torch") or name == "dali-gpu"
+        role = "eager" if name == "literal" else "ours" if ours else "other"
         row = harness.Row(case.name, name, role, f"{workers} workers", "cpu", "uint8", case.shape)
         row.env, row.tolerance = dict(environment or {}), clips.TOLERANCE if case.frames > 1 else _TOLERANCE
         if name in BASELINES:
@@ -278,18 +236,33 @@ def measure(
         row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(own, q) for q in (0.2, 0.5, 0.8))
         row.spread, row.samples = timing.spread([own]), len(own)
         row.note = f"ms a{'n' if case.unit == 'image' else ''} {case.unit}; {1e3 / row.p50_ms:.0f} {case.unit}s/s"
-    base = next((index for index, row in enumerate(rows) if row.role == "eager"), None)
-    for row, own in zip(rows, times):
-        if base is None or row.role == "eager" or not row.agrees:
-            continue
-        ratios = [slow / fast for slow, fast in zip(times[base], own)]
-        low, middle, high = (timing.quantile(ratios, q) for q in (0.2, 0.5, 0.8))
-        if low > 1 or high < 1:
-            row.ratio_vs_eager = middle
-        row.note += (
-            f"; ratio to {rows[base].provider} within a round {low:.2f} to {high:.2f} (p20, p80), median {middle:.2f}"
-        )
+    _compare(rows, times)
     return rows
+
+
+def _compare(rows: Sequence[harness.Row], times: Sequence[Sequence[float]]) -> None:
+    """Ratios to the literal loader, and of ours to the fastest that is not ours."""
+    literal = next((index for index, row in enumerate(rows) if row.role == "eager"), None)
+    others = [index for index, row in enumerate(rows) if row.role != "ours" and row.agrees]
+    best = min(others, key=lambda index: rows[index].p50_ms or math.inf, default=None)
+    for row, own in zip(rows, times):
+        if not row.agrees:
+            continue
+        if literal is not None and row.role != "eager":
+            row.ratio_vs_eager = _ratio(row, own, rows[literal], times[literal])
+        if best is not None and row.role == "ours":
+            row.best_other = rows[best].provider
+            same = best == literal
+            row.ratio_vs_best_other = row.ratio_vs_eager if same else _ratio(row, own, rows[best], times[best])
+
+
+def _ratio(row: harness.Row, own: Sequence[float], base: harness.Row, theirs: Sequence[float]) -> float | None:
+    """Median of the ratios within a round; None if they scatter widely, or about 1. The note says how they lie."""
+    ratios = [slow / fast for slow, fast in zip(theirs, own)]
+    low, middle, high = (timing.quantile(ratios, q) for q in (0.2, 0.5, 0.8))
+    row.note += f"; ratio to {base.provider} within a round {low:.2f} to {high:.2f} (p20, p80), median {middle:.2f}"
+    steady = high - low <= harness.NOISY * middle
+    return middle if steady and (low > 1 or high < 1) else None
 
 
 def run(
@@ -350,7 +323,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--kind", choices=("image", "video"), default="image")
     parser.add_argument("--cases", default=None, help=f"some of {', '.join(CASES)} (default: all of the kind)")
     parser.add_argument(
-        "--loaders", default=None, help="some of pillow, pyav, torch, ... (default: all that work here)"
+        "--loaders", default=None, help="some of literal, pillow, pyav, torch, ... (default: all that work here)"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes or threads of each loader (default: 2)")
     parser.add_argument("--rounds", type=int, default=9, help="slices of each loader (default: 9)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cohobate import models
-from cohobate.benchmarks.reference import amd, dbot, mae, video, videomae, vit
+from cohobate.benchmarks.reference import amd, dbot, mae, update, video, videomae, vit
+from cohobate.benchmarks.reference.current import current
 from cohobate.errors import UserError
 from cohobate.masking import MaskPlan, random_plan
 from cohobate.methods import AMD, DBOT, MAE, Alignment, AMDOptions, MAEOptions
@@ -62,6 +64,90 @@ class Twins:
     inputs: tuple[Tensor, ...]
     batch: Batch
     plan: MaskPlan
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the literal step: a baseline of the engine's.
+
+    Several variants share a ``module`` and the optimizer state behind ``update``; all modules begin with the same
+    weights and name their parameters alike.
+
+    Attributes:
+        role: "eager" (the literal fp32 step, of which there is one), "compile", or "other".
+        dtype: "fp32", or "bf16" for autocast.
+        module: its parameters that need a gradient are the step's.
+        loss: the loss with its graph, 0-d, including whatever the loop does with it (``.item()``).
+        update: call after backward: clipping, AdamW, and whatever the loop does after it (a wait for the device). Gives
+            the global norm before clipping, 0-d.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    module: nn.Module
+    loss: Callable[[], Tensor]
+    update: Callable[[], Tensor]
+    note: str = ""
+
+
+def variants(twins: Twins, device: str) -> list[Variant]:
+    """The literal step in fp32 and under autocast; then today's eager one, and what torch.compile makes of that.
+
+    Nothing is compiled before it is first called.
+    """
+    module, step = twins.literal, update.published(twins.literal)
+    today = current(module, half=True).to(device)
+    fused = update.current(today)
+    inputs = (twins.inputs[0], *_indices(twins))
+
+    def literal() -> Tensor:
+        loss = cast(Tensor, module(*twins.inputs))
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"loss: expected a finite value, got {loss.item()}")
+        for term in getattr(module, "terms", ()):
+            term.item()  # into the log
+        return loss
+
+    def eager() -> Tensor:
+        return cast(Tensor, today(*inputs))
+
+    def compiled(mode: str, note: str = "") -> Variant:
+        program = torch.compile(today, mode=mode, fullgraph=True)
+
+        def loss() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step left in the graphs' memory may go
+            return cast(Tensor, program(*inputs))
+
+        name = "compiled bf16" if mode == "default" else f"compiled bf16 {mode}"
+        return Variant(name, "compile", "bf16", today, autocast(loss, device), fused, note)
+
+    found = [
+        Variant("literal fp32", "eager", "fp32", module, literal, step),
+        Variant("literal bf16 autocast", "other", "bf16", module, autocast(literal, device), step),
+        Variant("eager bf16", "other", "bf16", today, autocast(eager, device), fused),
+    ]
+    if device == "cpu":
+        same = "mode reduce-overhead is the default one on a CPU"
+        return [*found, compiled("default", same), compiled("max-autotune")]
+    return [*found, *(compiled(mode) for mode in ("default", "reduce-overhead", "max-autotune"))]
+
+
+def _indices(twins: Twins) -> tuple[Tensor, ...]:
+    """What the student sees and does not see, and what only AMD's teacher sees: int64 [B, n]."""
+    plan = twins.plan
+    between = (plan.diff.long(),) if isinstance(twins.method, AMD) else ()
+    return plan.visible.long(), plan.masked.long(), *between
+
+
+def autocast(loss: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
+    """The same under bf16 autocast."""
+
+    def run() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return loss()
+
+    return run
 
 
 def make(shape: Shape, device: str, seed: int) -> Twins:
@@ -182,11 +268,9 @@ def _literal_videomae(method: Any, _: VisionTransformer | None) -> nn.Module:
 def _literal_amd(method: Any, teacher: VisionTransformer | None) -> nn.Module:
     assert teacher is not None
     student, alignment = method.student, method.alignment
-    tokens, width, heads = student.grid.size, teacher.width, teacher.heads
-    twin = amd.Alignment(
-        student.width, width, [amd.Generator(tokens, width, g.depth, heads) for g in alignment.generators]
-    )
-    twin.load_state_dict(alignment.state_dict())
+    generators = [amd.Generator(_table(g), g.depth, teacher.heads) for g in alignment.generators]
+    twin = amd.Alignment(student.width, teacher.width, generators)
+    twin.load_state_dict(_weights(alignment))
     return amd.AMD(
         _clip_encoder(student), _clip_decoder(method.decoder), _clip_encoder(teacher), twin, alignment.direct,
         student.grid.patch, student.mean, student.std,
@@ -201,26 +285,32 @@ def _encoder(encoder: VisionTransformer) -> vit.Encoder:
 
 
 def _decoder(decoder: Decoder) -> vit.Decoder:
-    twin = vit.Decoder(*_decoder_sizes(decoder))
+    inner, heads = decoder.embed.in_features, cast(Block, decoder.blocks[0]).attn.heads
+    twin = vit.Decoder(decoder.grid.size, inner, decoder.out, decoder.width, decoder.depth, heads)
     twin.load_state_dict(decoder.state_dict())
     return twin
 
 
 def _clip_encoder(encoder: VisionTransformer) -> video.Encoder:
-    twin = video.Encoder(encoder.grid.size, encoder.grid.patch, encoder.width, encoder.depth, encoder.heads)
-    twin.load_state_dict(encoder.state_dict())
+    twin = video.Encoder(_table(encoder), encoder.grid.patch, encoder.depth, encoder.heads)
+    twin.load_state_dict(_weights(encoder))
     return twin
 
 
 def _clip_decoder(decoder: Decoder) -> video.Decoder:
-    twin = video.Decoder(*_decoder_sizes(decoder))
-    twin.load_state_dict(decoder.state_dict())
+    heads = cast(Block, decoder.blocks[0]).attn.heads
+    twin = video.Decoder(_table(decoder), decoder.embed.in_features, decoder.out, decoder.depth, heads)
+    twin.load_state_dict(_weights(decoder))
     return twin
 
 
-def _decoder_sizes(decoder: Decoder) -> tuple[int, int, int, int, int, int]:
-    heads = cast(Block, decoder.blocks[0]).attn.heads
-    return decoder.grid.size, decoder.embed.in_features, decoder.out, decoder.width, decoder.depth, heads
+def _table(module: Any) -> Tensor:
+    """Positions as VideoMAE and AMD keep them: outside of the weights, on the host."""
+    return cast(Tensor, module.pos_embed).detach().cpu().clone()
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in module.state_dict().items() if not name.endswith("pos_embed")}
 
 
 Maker = Callable[[VisionTransformer, VisionTransformer | None], nn.Module]

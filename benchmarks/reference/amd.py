@@ -18,15 +18,15 @@ Pairs = Sequence[tuple[int, int]]
 class Generator(nn.Module):
     """Blocks of the teacher's width over projected tokens and mask tokens; all rows through all blocks."""
 
-    def __init__(self, tokens: int, width: int, depth: int, heads: int) -> None:
+    def __init__(self, positions: Tensor, depth: int, heads: int) -> None:
         super().__init__()
+        self.positions, width = positions, positions.shape[-1]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
 
     def forward(self, x: Tensor, mask: Tensor, teacher_mask: Tensor) -> Tensor:
         """[B, a, D_T] -> [B, b - a, D_T]: what only the teacher sees."""
-        positions = self.pos_embed.expand(len(x), -1, -1).type_as(x)
+        positions = self.positions.expand(len(x), -1, -1).type_as(x)
         between = mask & ~teacher_mask
         hidden = self.mask_token.type_as(x) + chosen(positions, between)
         x = torch.cat([x + chosen(positions, ~mask), hidden], dim=1)
@@ -47,7 +47,8 @@ class Alignment(nn.Module):
 class AMD(VideoMAE):
     """VideoMAE, and a student that follows a frozen teacher: an ordinary fp32 module that embeds every tubelet.
 
-    ``pairs``: (student block, teacher block), for both alignments; l2, mean over the layers, all weights 1.
+    ``pairs``: (student block, teacher block), for both alignments; l2, mean over the layers, all weights 1. ``terms``:
+    the last loss' three parts, which the published loop writes into its log.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class AMD(VideoMAE):
         super().__init__(student, decoder, patch, mean, std)
         self.alignment, self.pairs = alignment, tuple(pairs)
         self.teacher = teacher.requires_grad_(False)
+        self.terms: tuple[Tensor, ...] = ()
 
     def forward(self, video: Tensor, mask: Tensor, teacher_mask: Tensor) -> Tensor:  # type: ignore[override]
         """Clips [B, C, T, H, W] fp32, normalised; what each model does not see, bool [B, N] -> 0-d loss."""
@@ -74,13 +76,12 @@ class AMD(VideoMAE):
             for generate, project, state in zip(self.alignment.generators, self.alignment.projections, states)
         ]
         with torch.no_grad():
-            x = self.teacher.embed(video)
-            x = torch.cat([chosen(x, ~mask), chosen(x, mask & ~teacher_mask)], dim=1)
+            x, between = self.teacher.embed(video), mask & ~teacher_mask
+            x = torch.cat([chosen(x, ~mask), chosen(x, between)], dim=1)
             targets = self.teacher.states(x, [t for _, t in self.pairs])
-        loss = self.pixel_loss(tokens, video, mask)
-        seen = tokens.shape[1]
-        for guess, target in zip(direct, targets):
-            loss = loss + F.mse_loss(guess, target[:, :seen]) / len(targets)
-        for guess, target in zip(generated, targets):
-            loss = loss + F.mse_loss(guess, target[:, seen:]) / len(targets)
-        return loss
+        count = between[0].sum()  # a tensor on the device: every slice that ends at it waits
+        aligned = torch.stack([F.mse_loss(guess, t[:, :-count]) for guess, t in zip(direct, targets)]).mean()
+        imagined = torch.stack([F.mse_loss(guess, t[:, -count:]) for guess, t in zip(generated, targets)]).mean()
+        pixels = self.pixel_loss(tokens, video, mask)
+        self.terms = (pixels.detach(), aligned.detach(), imagined.detach())
+        return pixels + aligned + imagined

@@ -1,7 +1,8 @@
 """The literal encoder and decoder of VideoMAE and AMD: every tubelet embedded, rows chosen with booleans.
 
-B clips, N tubelets, D width; masks are bool [B, N], True where a token is hidden, with equal counts in every clip. The
-residual stream has the dtype of the convolution, as in the published code: bf16 under autocast.
+B clips, N tubelets, D width; masks are bool [B, N], True where a token is hidden, with equal counts in every clip. As
+published, the residual stream has the dtype of the convolution, bf16 under autocast, and a table of positions is no
+part of its module but an fp32 tensor [1, N, D] on the host: every step expands it to the batch, and copies that.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ class TubeletEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT over tubelets without a cls token. Positions come from the weights copied in."""
+    """ViT over tubelets without a cls token."""
 
     def __init__(
-        self, tokens: int, patch: tuple[int, int, int], width: int, depth: int, heads: int, channels: int = 3
+        self, positions: Tensor, patch: tuple[int, int, int], depth: int, heads: int, channels: int = 3
     ) -> None:
         super().__init__()
+        self.positions, width = positions, positions.shape[-1]
         self.patch_embed = TubeletEmbed(channels, width, patch)
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def embed(self, video: Tensor) -> Tensor:
-        """[B, C, T, H, W] fp32, normalised -> [B, N, D]; the table is expanded to the batch before it is added."""
+        """[B, C, T, H, W] fp32, normalised -> [B, N, D], every tubelet."""
         x = self.patch_embed(video)
-        return x + self.pos_embed.expand(len(x), -1, -1).type_as(x)
+        return x + self.positions.expand(len(x), -1, -1).type_as(x)
 
     def states(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """[B, n, D] -> the stream behind the blocks ``layers``, 1-based; no block behind the last of them runs."""
@@ -64,11 +65,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Visible tokens, mask tokens behind them, positions to match; a head over the mask tokens."""
 
-    def __init__(self, tokens: int, encoder_width: int, out: int, width: int, depth: int, heads: int) -> None:
+    def __init__(self, positions: Tensor, encoder_width: int, out: int, depth: int, heads: int) -> None:
         super().__init__()
+        self.positions, width = positions, positions.shape[-1]
         self.embed = nn.Linear(encoder_width, width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, out)
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, a, D], bool [B, N] -> [B, N - a, out]."""
         x = self.embed(x)
-        positions = self.pos_embed.expand(len(x), -1, -1).type_as(x)
+        positions = self.positions.expand(len(x), -1, -1).type_as(x)
         seen, hidden = chosen(positions, ~mask), chosen(positions, mask)
         x = torch.cat([x + seen, self.mask_token.type_as(x) + hidden], dim=1)
         for block in self.blocks:
@@ -92,4 +93,5 @@ def chosen(x: Tensor, rows: Tensor) -> Tensor:
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B, T, H, W, C] -> fp32 [B, C, T, H, W], what a published loader hands to the model."""
     video = pixels.permute(0, 4, 1, 2, 3).float() / 255
-    return (video - torch.tensor(mean).view(1, -1, 1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1, 1)
+    mean_, std_ = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1, 1) for x in (mean, std))
+    return (video - mean_) / std_

@@ -41,6 +41,14 @@ class FusedAttention(Attention):
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
+def fuse(module: nn.Module) -> None:
+    """Exchange every attention inside for the fused one, in place; the parameters and their names stay."""
+    for block in [part for part in module.modules() if isinstance(part, Block)]:
+        plain = block.attn
+        block.attn = FusedAttention(plain.proj.in_features, plain.heads)
+        block.attn.qkv, block.attn.proj = plain.qkv, plain.proj
+
+
 class Mlp(nn.Module):
     """Linear, exact GELU, Linear."""
 
@@ -170,4 +178,5 @@ class Decoder(nn.Module):
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 [B, 1, H, W, C] -> fp32 [B, C, H, W], what a published loader hands to the model."""
     images = pixels[:, 0].permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
+    mean_, std_ = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (mean, std))
+    return (images - mean_) / std_
