@@ -111,6 +111,7 @@ def _main(argv: Sequence[str] | None) -> int:
                 for length in keys:
                     status.update(f"{dtype}, {length} keys, head dim {dim}")
                     rows += measure_length(length, dim, args.batch, dtype, setting, args.seed)
+                    command.save(args, setting, rows)
     return command.finish(args, setting, rows, console)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cohobate.benchmarks import machine, regression
-from cohobate.benchmarks.harness import QUICK, Effort, Row, read_rows, write_rows
+from cohobate.benchmarks.harness import QUICK, Effort, Row, write_rows
 from cohobate.errors import UserError
 
 
@@ -38,20 +38,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=None, help="time for each case (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: few rounds, figures worth nothing")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows as JSON lines")
-    parser.add_argument("--fail-if-slower", type=float, default=None, metavar="PERCENT", help="with --against")
-    parser.add_argument("--against", type=Path, default=None, metavar="FILE", help="stored rows to compare with")
+    parser.add_argument(
+        "--fail-if-slower", type=float, default=None, metavar="PERCENT", help="exit code 1 if a row of ours became so"
+    )
+    parser.add_argument(
+        "--against", type=Path, default=None, metavar="FILE", help="than these (default: the newest of this machine)"
+    )
+    parser.set_defaults(stem=parser.prog.split()[-1], stored=None)
 
 
 def prepare(args: argparse.Namespace) -> Setting:
     """Seed, pin the threads, read the environment and measure the ceilings.
 
     Raises:
-        UserError: an option that cannot be followed here.
+        UserError: an option that cannot be followed here; stored rows of another kind of machine.
     """
-    if (args.fail_if_slower is None) != (args.against is None):
-        raise UserError("--fail-if-slower and --against: expected both or neither")
-    if args.against is not None:
-        read_rows(args.against)  # a wrong file is better found before the measurement than after it
+    if args.fail_if_slower is None and args.against is not None:
+        raise UserError("--against: expected --fail-if-slower PERCENT beside it")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a device of this machine, got 'cuda' (torch sees no CUDA device)")
     threads = args.threads if args.threads is not None else os.cpu_count() or 1
@@ -61,6 +64,9 @@ def prepare(args: argparse.Namespace) -> Setting:
         raise UserError(f"--seconds: expected more than 0, got {args.seconds:g}")
     torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions: rows that say fp32 are to be fp32
+    if args.fail_if_slower is not None:
+        args.stored = regression.stored_rows(args.against, args.stem, machine.machine_kind(args.device))
     effort = QUICK if args.quick else Effort() if args.seconds is None else Effort(seconds=args.seconds)
     ceilings = machine.measure_ceilings(args.device, quick=args.quick)
     return Setting(args.device, machine.environment(args.device, seed=args.seed), ceilings, effort)
@@ -72,14 +78,20 @@ def finish(args: argparse.Namespace, setting: Setting, rows: Sequence[Row], cons
     print_table(rows, setting, console)
     if args.quick:
         console.print("--quick: the checks are real, the times are not worth quoting", style="yellow")
+    save(args, setting, rows)
+    if args.json is not None:
+        console.print(f"wrote {args.json} ({len(rows)} rows)")
+    if args.stored is not None:
+        verdict = regression.compare(rows, args.stored, args.fail_if_slower)
+        console.print(verdict.text)
+        return 1 if verdict.slower or not verdict.compared else 0
+    return 0
+
+
+def save(args: argparse.Namespace, setting: Setting, rows: Sequence[Row | Mapping[str, Any]]) -> None:
+    """Write what there is so far, where a file was asked for: a run that is stopped keeps it."""
     if args.json is not None:
         write_rows(args.json, [*_ceiling_rows(setting), *rows])
-        console.print(f"wrote {args.json} ({len(rows)} rows)")
-    if args.against is not None:
-        verdict = regression.compare(rows, read_rows(args.against), args.fail_if_slower)
-        console.print(verdict.text)
-        return 1 if verdict.slower else 0
-    return 0
 
 
 def _ceiling_rows(setting: Setting) -> list[dict[str, Any]]:
@@ -88,25 +100,12 @@ def _ceiling_rows(setting: Setting) -> list[dict[str, Any]]:
 
 def print_table(rows: Sequence[Row], setting: Setting, console: Console) -> None:
     """One line a row, grouped by case and mode. A ratio refused for spread is ``~``; a note says other reasons."""
-    env = setting.environment
-    commit = f"{env['commit']} + changes" if env["dirty"] else env["commit"]
-    console.print(f"{env['kind']}; torch {env['torch']}, commit {commit}, seed {env['seed']}")
-    copies = ", ".join(f"{rate:.0f} GB/s at {_size(size)}" for size, rate in setting.ceilings.copy)
-    products = ", ".join(f"{rate:.3g} TFLOP/s {dtype}" for dtype, rate in setting.ceilings.matmul.items())
-    console.print(f"ceilings: copy {copies}; matrix product {products}")
+    print_machine(setting, console)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("op, mode: provider", no_wrap=True)
-    for title in (
-        "p50 ms",
-        "spread",
-        "% of floor",
-        "vs eager",
-        "vs compile",
-        "vs best other",
-        "error",
-        "peak MB",
-        "note",
-    ):
+    whole_steps = any(row.mode == "train" for row in rows)
+    titles = ["p50 ms", "spread", "% of floor", *["MFU"] * whole_steps]
+    for title in (*titles, "vs eager", "vs compile", "vs best other", "error", "peak MB", "note"):
         table.add_column(title, justify="right")
     notes: dict[str, int] = {}
     group = ""
@@ -119,7 +118,7 @@ def print_table(rows: Sequence[Row], setting: Setting, console: Console) -> None
             group = heading
         text = "; ".join(part for part in row.note.split("; ") if ": spread " not in part)
         note = str(notes.setdefault(text, len(notes) + 1)) if text else ""
-        table.add_row(f"  {row.provider}", *cells(row), note, style="green" if row.role == "ours" else "")
+        table.add_row(f"  {row.provider}", *cells(row, whole_steps), note, style="green" if row.role == "ours" else "")
     console.print(table)
     if any(": spread " in row.note for row in rows):
         console.print(
@@ -129,13 +128,24 @@ def print_table(rows: Sequence[Row], setting: Setting, console: Console) -> None
         console.print(f"  {number}. {text}", markup=False, highlight=False)
 
 
-def cells(row: Row) -> list[str]:
+def print_machine(setting: Setting, console: Console) -> None:
+    """Where and with what it is measured, and what that machine reaches."""
+    env = setting.environment
+    commit = f"{env['commit']} + changes" if env["dirty"] else env["commit"]
+    console.print(f"{env['kind']}; torch {env['torch']}, commit {commit}, seed {env['seed']}")
+    copies = ", ".join(f"{rate:.0f} GB/s at {_size(size)}" for size, rate in setting.ceilings.copy)
+    products = ", ".join(f"{rate:.3g} TFLOP/s {dtype}" for dtype, rate in setting.ceilings.matmul.items())
+    console.print(f"ceilings: copy {copies}; matrix product {products}")
+
+
+def cells(row: Row, mfu: bool = False) -> list[str]:
     """Figures of a row as text, in the order of the table; a dash for what was not measured or is refused."""
     worst = None if row.max_rel_err is None else max(row.max_rel_err, row.grad_rel_err or 0.0)
     return [
         _figure(row.p50_ms),
         "-" if row.spread is None else f"{row.spread:.0%}",
         "-" if row.pct_of_floor is None else f"{row.pct_of_floor:.0f}",
+        *["-" if row.mfu is None else f"{row.mfu:.0%}"] * mfu,
         *(ratio_text(row, against) for against in ("eager", "compile", "best other")),
         "-" if worst is None else f"{worst:.0e}",
         "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",

@@ -37,6 +37,7 @@ HALF = ("bf16", "fp16")
 # look like a measurement without spread.
 BUSY = 0.15
 NOISY = 0.5  # a time that varies by more than half of itself is no measurement, whatever the gain
+LINEAR = 0.1  # times that stray less than this from a straight line lie on it for all that matters
 SLOW_MS = 2000.0  # a round that takes longer needs no second warm-up
 # Caps on the relative error against float64: what rounding of that dtype may cost over a few thousand additions.
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "int32": 0.0}
@@ -112,6 +113,7 @@ class Row:
     flops: int | None = None
     floor_ms: float | None = None
     pct_of_floor: float | None = None
+    mfu: float | None = None  # FLOPs a second over the measured rate of a matrix product of that dtype
     ratio_vs_eager: float | None = None
     ratio_vs_compile: float | None = None
     ratio_vs_best_other: float | None = None
@@ -199,23 +201,15 @@ def measure(
             _check(case, provider, row)
             if effort.memory:
                 row.peak_mb = timing.peak_memory_mb(provider, case.device)
-            samplers.append((row, timer.prepare(provider)))
+            samplers.append((row, _sampler(timer, provider, row)))
         except Exception as error:  # whatever a provider raises is a finding about that provider
             row.max_rel_err = None
             row.note = _join(row.note, f"failed: {type(error).__name__}: {_first_line(error)}")
     if samplers:
-        for _ in range(1 + effort.again):
-            others = machine.Others()
-            _time(samplers, effort)
-            cores = others.cores() if case.device == "cpu" else None
-            if cores is None or cores <= BUSY:
-                break
-        for row, _ in samplers:
-            row.others_cores = cores
+        time_all(samplers, effort, case.device)
     for row, provider in zip(rows, providers):
-        if row.p50_ms is not None and provider.cost is not None and ceilings is not None:
-            row.floor_ms = ceilings.floor_ms(provider.cost, provider.dtype)
-            row.pct_of_floor = None if row.floor_ms is None else 100 * row.floor_ms / row.p50_ms
+        if provider.cost is not None and ceilings is not None:
+            against_floor(row, provider.cost, ceilings)
     for mode in dict.fromkeys(row.mode for row in rows):
         judge([row for row in rows if row.mode == mode], baselines)
     return rows
@@ -229,12 +223,45 @@ def _blank(case: Case, provider: Provider, environment: Mapping[str, Any] | None
     return row
 
 
+def _sampler(timer: timing.Timer, provider: Provider, row: Row) -> Callable[[], float]:
+    """A sample of the provider; launched call by call, and said so, where CUDA cannot capture it."""
+    try:
+        return timer.prepare(provider)
+    except RuntimeError as error:
+        if row.device != "cuda" or not provider.capture:
+            raise
+        row.note = _join(row.note, f"launched call by call, cannot be captured: {_first_line(error)}")
+        return timer.prepare(dataclasses.replace(provider, capture=False))
+
+
 def _check(case: Case, provider: Provider, row: Row) -> None:
     if provider.reset is not None:
         provider.reset()
     results = provider.results(provider.function())
     compare = case.compare if case.compare is not None else lambda got: errors(got, case.expected)
     row.max_rel_err, row.grad_rel_err = compare(results)
+
+
+def time_all(samplers: Sequence[tuple[Row, Callable[[], float]]], effort: Effort, device: str) -> None:
+    """Fill in the times of rows, each from its sampler, in turns; again if other processes disturbed them."""
+    for _ in range(1 + effort.again):
+        others = machine.Others()
+        _time(samplers, effort)
+        cores = others.cores() if device == "cpu" else None
+        if cores is None or cores <= BUSY:
+            break
+    for row, _ in samplers:
+        row.others_cores = cores
+
+
+def against_floor(row: Row, cost: Cost, ceilings: Ceilings) -> None:
+    """Fill in what a row's time is worth beside what this machine reaches."""
+    if row.p50_ms is None:
+        return
+    row.floor_ms = ceilings.floor_ms(cost, row.dtype)
+    row.pct_of_floor = None if row.floor_ms is None else 100 * row.floor_ms / row.p50_ms
+    if cost.flops and row.dtype in ceilings.matmul:
+        row.mfu = cost.flops / (row.p50_ms * ceilings.matmul[row.dtype] * 1e9)
 
 
 def _time(samplers: Sequence[tuple[Row, Callable[[], float]]], effort: Effort) -> None:
@@ -253,7 +280,10 @@ def _time(samplers: Sequence[tuple[Row, Callable[[], float]]], effort: Effort) -
 
 
 def judge(rows: Sequence[Row], baselines: Sequence[str] = BASELINES) -> None:
-    """Fill in the ratios of rows of one case and mode, or write into ``note`` why one may not be printed."""
+    """Fill in the ratios of rows of one case and mode, or write into ``note`` why one may not be printed.
+
+    Of several baselines of one role the fastest that agrees counts.
+    """
     for row in rows:
         if row.role == "eager" or row.p50_ms is None:
             continue
@@ -282,7 +312,8 @@ def judge(rows: Sequence[Row], baselines: Sequence[str] = BASELINES) -> None:
 
 
 def _find(rows: Sequence[Row], role: str) -> Row | None:
-    return next((row for row in rows if row.role == role and row.p50_ms is not None), None)
+    found = [row for row in rows if row.role == role and row.p50_ms is not None]
+    return min(found, key=lambda row: (not row.agrees, row.p50_ms or math.inf), default=None)
 
 
 def _ratio(row: Row, base: Row | None, label: str) -> float | None:
@@ -300,6 +331,23 @@ def _ratio(row: Row, base: Row | None, label: str) -> float | None:
         row.note = _join(row.note, f"no ratio vs {label}: spread {noise:.0%} exceeds {limit}")
         return None
     return ratio
+
+
+def straightness(rows: Sequence[Row], values: Sequence[float]) -> str:
+    """Whether p50 = a + b * n over rows of growing n: the line with the smallest relative errors, and the largest."""
+    busy, spread = max(row.others_cores or 0.0 for row in rows), max(row.spread or 0.0 for row in rows)
+    if busy > BUSY:
+        return f"no line: other processes used {busy:.1f} cores meanwhile"
+    if spread > LINEAR:
+        return f"no line: spread {spread:.0%} exceeds {LINEAR:.0%}"
+    times = torch.tensor([row.p50_ms for row in rows], dtype=torch.float64)
+    points = torch.tensor([[1.0, value] for value in values], dtype=torch.float64) / times[:, None]
+    line = torch.linalg.lstsq(points, torch.ones_like(times)).solution
+    off = (points @ line - 1).abs()
+    worst = int(off.argmax())
+    verdict = "linear" if off[worst] <= LINEAR else "not linear"
+    found = f"{line[0]:.3g} ms + {line[1]:.3g} ms x n, off by {off[worst]:.1%} at most (n = {values[worst]})"
+    return f"{verdict}: {found}, spread {spread:.1%}"
 
 
 def _error(row: Row) -> str:

@@ -57,6 +57,7 @@ def _main(argv: Sequence[str] | None) -> int:
         for name in names:
             status.update(f"{name} ({len(rows)} rows so far)")
             rows += measure_op(name, sizes, setting, args.seed, dtypes)
+            command.save(args, setting, rows)
     return command.finish(args, setting, rows, console)
 
 

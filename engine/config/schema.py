@@ -249,7 +249,7 @@ class ExecutionConfig:
     """What the forward pass keeps for the backward: none: everything; operations: not what is cheap to compute again;
     blocks: the inputs of the blocks alone."""
     cuda_graph: Literal["auto", "on", "off"] = "off"
-    """The whole step as one CUDA graph; auto: where it can be, else the reason is said once. Not measured yet, so off."""
+    """The whole step as one CUDA graph; auto: where it can be, else the reason is said once. Unmeasured, so off."""
     ahead: bool = False
     """Compute the teacher's features of the next batch beside the optimizer, on a stream of their own."""
     compile: bool = False
