@@ -145,8 +145,7 @@ static void over_columns(const typename Op::Element* by_rows, int64_t rows, int6
   for (int64_t k = 0; k < depth; ++k) std::memset(out + k * width + rows, 0, (width - rows) * sizeof *out);
 }
 
-// Sixteen values of a row from column j on, as part of a row of an A operand. Writes up to kLanes values too many, which the
-// next row, or the end of the scratch memory, takes.
+// Sixteen values of a row from column j on, as part of a row of an A operand.
 template <class Op>
 static inline void store_operand(typename Op::Element* row, int64_t j, Vector values) {
 #ifdef __AVX512BF16__
@@ -158,16 +157,16 @@ static inline void store_operand(typename Op::Element* row, int64_t j, Vector va
   std::memcpy(row + j, &values, sizeof values);
 }
 
-// A operand [columns, depth_of(rows)] of the transpose of an A operand [rows, depth_of(columns)].
+// A operand [columns, depth_of(rows)] of the transpose of an A operand [rows, stride] with that many columns.
 template <class Op>
-static void transposed(const typename Op::Element* x, int64_t rows, int64_t columns, typename Op::Element* pairs,
-                       typename Op::Element* out) {
+static void transposed(const typename Op::Element* x, int64_t stride, int64_t rows, int64_t columns,
+                       typename Op::Element* pairs, typename Op::Element* out) {
   if constexpr (Op::kDepth == 1) {
     (void)pairs;
-    transpose(x, columns, rows, columns, out, rows);
+    transpose(x, stride, rows, columns, out, rows);
   } else {
-    const int64_t stride = 2 * depth_of<Op>(columns), height = depth_of<Op>(rows), width = padded(columns);
-    over_rows<Op>(reinterpret_cast<const bf16*>(x), stride, rows, columns, pairs);
+    const int64_t height = depth_of<Op>(rows), width = padded(columns);
+    over_rows<Op>(reinterpret_cast<const bf16*>(x), 2 * stride, rows, columns, pairs);
     transpose(pairs, width, height, columns, out, height);
   }
 }
@@ -181,6 +180,60 @@ static inline float highest_of(float* scores, int64_t stride, int64_t keys) {
     most = values > most ? values : most;
   }
   return max_of(most);
+}
+
+constexpr int kTogether = 4;  // rows whose chains of dependent operations overlap
+static_assert(kBlock % kTogether == 0);
+
+// 2^x for x <= 0: exact to fp32, or, where the result is rounded to bf16, within 5e-6 of itself.
+template <class Op>
+static inline Vector power(Vector x) {
+  return Op::kDepth == 1 ? exp2_negative(x) : exp2_negative<4>(x);
+}
+
+// The softmax of kTogether rows of scores, as rows of an A operand that are still to be multiplied by `inverse`.
+template <class Op>
+static inline void soften(float* scores, int64_t width, int64_t keys, float log2_scale, typename Op::Element* weights,
+                          int64_t stride, float* inverse) {
+  float highest[kTogether];
+  Vector sums[kTogether] = {};
+  for (int r = 0; r < kTogether; ++r) highest[r] = highest_of(scores + r * width, width, keys);
+  for (int64_t j = 0; j < width; j += kLanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r) {
+      const Vector weight = power<Op>((load_vector(scores + r * width + j) - highest[r]) * log2_scale);
+      store_operand<Op>(weights + r * stride, j, weight);
+      sums[r] += weight;
+    }
+  for (int r = 0; r < kTogether; ++r) inverse[r] = 1 / sum_of(sums[r]);
+}
+
+// The same in the backward pass: weights of kTogether rows, and the slopes of their scores out of those of the weights.
+template <class Op>
+static inline void slopes_of(float* scores, float* grads, int64_t width, int64_t keys, float log2_scale,
+                             typename Op::Element* weights, typename Op::Element* slopes, int64_t stride) {
+  float highest[kTogether], inverse[kTogether], mean[kTogether];
+  Vector sums[kTogether] = {}, dots[kTogether] = {};
+  for (int r = 0; r < kTogether; ++r) highest[r] = highest_of(scores + r * width, width, keys);
+  for (int64_t j = 0; j < width; j += kLanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r) {
+      const Vector weight = power<Op>((load_vector(scores + r * width + j) - highest[r]) * log2_scale);
+      store_vector(scores + r * width + j, weight);
+      sums[r] += weight;
+      dots[r] += weight * load_vector(grads + r * width + j);
+    }
+  for (int r = 0; r < kTogether; ++r) {
+    inverse[r] = 1 / sum_of(sums[r]);
+    mean[r] = sum_of(dots[r]) * inverse[r];
+  }
+  for (int64_t j = 0; j < width; j += kLanes)
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether; ++r) {
+      const Vector weight = load_vector(scores + r * width + j) * inverse[r];
+      store_operand<Op>(weights + r * stride, j, weight);
+      store_operand<Op>(slopes + r * stride, j, weight * (load_vector(grads + r * width + j) - mean[r]));
+    }
 }
 
 static inline void write_row(const float* x, int64_t columns, float factor, float* out) {
@@ -207,14 +260,15 @@ template <class T>
 static void forward_of(const AttentionShape& s, Heads q, Heads k, Heads v, Heads out) {
   using Op = typename OperandOf<T>::type;
   const int64_t across = depth_of<Op>(s.dim), along = depth_of<Op>(s.keys), key_width = padded(s.keys), width = padded(s.dim);
+  const int64_t stride = key_width / Op::kDepth;  // of weights: whole vectors
   const float log2_scale = s.scale * 1.44269504f;
 #pragma omp parallel
   {
-    Scratch<Op> scratch(s.queries * across + s.keys * across + across * key_width + along * width + kBlock * along +
+    Scratch<Op> scratch(s.queries * across + s.keys * across + across * key_width + along * width + kBlock * stride +
                         kBlock * (key_width + width) + 512);
     auto *q_rows = scratch.take(s.queries * across), *k_rows = scratch.take(s.keys * across);
     auto *k_columns = scratch.take(across * key_width), *v_rows = scratch.take(along * width);
-    auto* weights = scratch.take(kBlock * along);
+    auto* weights = scratch.take(kBlock * stride);
     float *scores = scratch.floats(kBlock * key_width), *sums = scratch.floats(kBlock * width);
     float inverse[kBlock];
 #pragma omp for schedule(static)
@@ -227,18 +281,9 @@ static void forward_of(const AttentionShape& s, Heads q, Heads k, Heads v, Heads
       for (int64_t i = 0; i < s.queries; i += kBlock) {
         const int64_t rows = s.queries - i < kBlock ? s.queries - i : kBlock;
         panel<Op>(q_rows + i * across, across, k_columns, key_width, across, scores, key_width, rows, key_width);
-        for (int64_t r = 0; r < rows; ++r) {
-          float* row = scores + r * key_width;
-          const float highest = highest_of(row, key_width, s.keys);
-          Vector sum = {};
-          for (int64_t j = 0; j < key_width; j += kLanes) {
-            const Vector weight = exp2_negative((load_vector(row + j) - highest) * log2_scale);
-            store_operand<Op>(weights + r * along, j, weight);
-            sum += weight;
-          }
-          inverse[r] = 1 / sum_of(sum);
-        }
-        panel<Op>(weights, along, v_rows, width, along, sums, width, rows, width);
+        for (int64_t r = 0; r < rows; r += kTogether)  // rows behind the last one hold what they held before
+          soften<Op>(scores + r * key_width, key_width, s.keys, log2_scale, weights + r * stride, stride, inverse + r);
+        panel<Op>(weights, stride, v_rows, width, along, sums, width, rows, width);
         write_rows(sums, width, rows, s.dim, inverse, 0, out.at<T>(b, h) + i * out.row_stride, out.row_stride);
       }
     }
@@ -251,15 +296,16 @@ static void backward_of(const AttentionShape& s, Heads q, Heads k, Heads v, Head
   const int64_t across = depth_of<Op>(s.dim), along = depth_of<Op>(s.keys), key_width = padded(s.keys), width = padded(s.dim);
   const float log2_scale = s.scale * 1.44269504f;
   const int64_t down = depth_of<Op>(s.queries), longest = s.queries > s.keys ? s.queries : s.keys;
+  const int64_t stride = key_width / Op::kDepth, together = (s.queries + kTogether - 1) / kTogether * kTogether;
 #pragma omp parallel
   {
     Scratch<Op> scratch(2 * s.queries * across + longest * across + 2 * across * key_width + along * width + 2 * down * width +
-                        2 * s.queries * along + s.keys * down + down * key_width + kBlock * (2 * key_width + width) + 512);
+                        2 * together * stride + s.keys * down + down * key_width + kBlock * (2 * key_width + width) + 512);
     auto *q_rows = scratch.take(s.queries * across), *g_rows = scratch.take(s.queries * across);
     auto *rows_of_it = scratch.take(longest * across);
     auto *k_columns = scratch.take(across * key_width), *v_columns = scratch.take(across * key_width);
     auto *k_over = scratch.take(along * width), *q_over = scratch.take(down * width), *g_over = scratch.take(down * width);
-    auto *weights = scratch.take(s.queries * along), *slopes = scratch.take(s.queries * along);
+    auto *weights = scratch.take(together * stride), *slopes = scratch.take(together * stride);
     auto *turned = scratch.take(s.keys * down), *pairs = scratch.take(down * key_width);
     float *scores = scratch.floats(kBlock * key_width), *products = scratch.floats(kBlock * key_width);
     float* sums = scratch.floats(kBlock * width);
@@ -279,33 +325,19 @@ static void backward_of(const AttentionShape& s, Heads q, Heads k, Heads v, Head
         const int64_t rows = s.queries - i < kBlock ? s.queries - i : kBlock;
         panel<Op>(q_rows + i * across, across, k_columns, key_width, across, scores, key_width, rows, key_width);
         panel<Op>(g_rows + i * across, across, v_columns, key_width, across, products, key_width, rows, key_width);
-        for (int64_t r = 0; r < rows; ++r) {
-          float *p = scores + r * key_width, *g = products + r * key_width;
-          const float highest = highest_of(p, key_width, s.keys);
-          Vector sum = {}, dot = {};
-          for (int64_t j = 0; j < key_width; j += kLanes) {
-            const Vector weight = exp2_negative((load_vector(p + j) - highest) * log2_scale);
-            store_vector(p + j, weight);
-            sum += weight;
-            dot += weight * load_vector(g + j);
-          }
-          const float inverse = 1 / sum_of(sum), mean = sum_of(dot) * inverse;
-          for (int64_t j = 0; j < key_width; j += kLanes) {
-            const Vector weight = load_vector(p + j) * inverse;
-            store_operand<Op>(weights + (i + r) * along, j, weight);
-            store_operand<Op>(slopes + (i + r) * along, j, weight * (load_vector(g + j) - mean));
-          }
-        }
-        panel<Op>(slopes + i * along, along, k_over, width, along, sums, width, rows, width);
+        for (int64_t r = 0; r < rows; r += kTogether)
+          slopes_of<Op>(scores + r * key_width, products + r * key_width, key_width, s.keys, log2_scale,
+                        weights + (i + r) * stride, slopes + (i + r) * stride, stride);
+        panel<Op>(slopes + i * stride, stride, k_over, width, along, sums, width, rows, width);
         write_rows(sums, width, rows, s.dim, nullptr, s.scale, dq.at<T>(b, h) + i * dq.row_stride, dq.row_stride);
       }
-      transposed<Op>(weights, s.queries, s.keys, pairs, turned);
+      transposed<Op>(weights, stride, s.queries, s.keys, pairs, turned);
       for (int64_t j = 0; j < s.keys; j += kBlock) {
         const int64_t rows = s.keys - j < kBlock ? s.keys - j : kBlock;
         panel<Op>(turned + j * down, down, g_over, width, down, sums, width, rows, width);
         write_rows(sums, width, rows, s.dim, nullptr, 1, dv.at<T>(b, h) + j * dv.row_stride, dv.row_stride);
       }
-      transposed<Op>(slopes, s.queries, s.keys, pairs, turned);
+      transposed<Op>(slopes, stride, s.queries, s.keys, pairs, turned);
       for (int64_t j = 0; j < s.keys; j += kBlock) {
         const int64_t rows = s.keys - j < kBlock ? s.keys - j : kBlock;
         panel<Op>(turned + j * down, down, q_over, width, down, sums, width, rows, width);

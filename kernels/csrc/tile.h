@@ -19,7 +19,8 @@ namespace COHOBATE_ISA {
 
 static inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// 2^x for x <= 0, within 2 ulp; 0, or less than 1e-37, where x is below -126.
+// 2^x for x <= 0, within 2 ulp (kDegree 6) or 5e-6 (kDegree 4), and 1 at 0; 0, or less than 1e-37, where x is below -126.
+template <int kDegree = 6>
 static inline Vector exp2_negative(Vector x) {
 #ifdef __AVX512F__
   const Vector n = (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -28,12 +29,20 @@ static inline Vector exp2_negative(Vector x) {
   const Vector n = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: no bits are left for a fraction
 #endif
   const Vector r = x - n;
-  Vector p = r * 1.535336188e-4f + 1.339887440e-3f;
-  p = p * r + 9.618437358e-3f;
-  p = p * r + 5.550332471e-2f;
-  p = p * r + 2.402264791e-1f;
-  p = p * r + 6.931472029e-1f;
-  p = p * r + 1.0f;
+  Vector p;
+  if constexpr (kDegree == 4) {
+    p = r * 0.00958285345f + 0.0559064276f;
+    p = p * r + 0.240240986f;
+    p = p * r + 0.693124193f;
+    p = p * r + 1.0f;
+  } else {
+    p = r * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * r + 9.618437358e-3f;
+    p = p * r + 5.550332471e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472029e-1f;
+    p = p * r + 1.0f;
+  }
 #ifdef __AVX512F__
   return (Vector)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else

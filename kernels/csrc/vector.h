@@ -55,11 +55,19 @@ static inline float reduce(Vector values, F combine) {
 }
 
 static inline float sum_of(Vector values) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)values);  // the same tree, in registers
+#else
   return reduce(values, [](float a, float b) { return a + b; });
+#endif
 }
 
 static inline float max_of(Vector values) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)values);
+#else
   return reduce(values, [](float a, float b) { return a > b ? a : b; });
+#endif
 }
 
 }  // namespace COHOBATE_ISA
