@@ -27,14 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cohobate import models
 from cohobate.benchmarks import command, literal
-from cohobate.benchmarks.harness import QUICK, Case, Provider, Row, errors, measure
+from cohobate.benchmarks.harness import Case, Provider, Row, errors, measure
 from cohobate.benchmarks.reference import update, vit
 from cohobate.benchmarks.reference.update import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY
-from cohobate.benchmarks.step import ERROR_RATIO, LARGEST_ERROR, SAME_MATHS, cost
+from cohobate.benchmarks.step import ERROR_RATIO, LARGEST_ERROR, SAME_MATHS, add_shape_options, cost, prepare
 from cohobate.benchmarks.teacher import FP8_ERROR
-from cohobate.benchmarks.twins import CLIPS, MAKERS, MASK_RATIO, Shape, Twins, make
+from cohobate.benchmarks.twins import MASK_RATIO, Shape, Twins, make
 from cohobate.errors import UserError
 from cohobate.kernels import Cost, tokens, use_backend, why_not
 from cohobate.kernels.backends import optimizer
@@ -693,19 +692,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cohobate bench ablation", description=__doc__)
     command.add_options(parser)
-    parser.add_argument("--recipe", choices=tuple(MAKERS), default="dbot", help="method (default: dbot)")
-    parser.add_argument("--size", choices=tuple(models.SIZES), default="base", help="encoder (default: base)")
-    parser.add_argument("--image", type=int, default=224, help="side of images or frames, pixels (default: 224)")
-    parser.add_argument("--batch", type=int, default=8, help="images or clips a step (default: 8)")
-    parser.add_argument("--frames", type=int, default=16, help=f"of a clip, for {' and '.join(CLIPS)} (default: 16)")
+    add_shape_options(parser)
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        raise UserError(f"--batch: expected at least 1, got {args.batch}")
-    shape = Shape(args.recipe, args.size, args.image, args.batch, args.frames)
-    setting = command.prepare(args)
-    if args.quick:
-        shape = Shape(args.recipe, "tiny", 64, 2, 4)
-        setting = dataclasses.replace(setting, effort=QUICK)
+    shape, setting = prepare(args)
     rows = run(shape, setting, seed=args.seed)
     console = command.wide_console()
     console.width = max(console.width, 150)

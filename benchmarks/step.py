@@ -224,6 +224,29 @@ def run_profile(shape: Shape, setting: command.Setting, *, seed: int = 0) -> lis
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Which step is meant; :func:`prepare` reads them."""
+    parser.add_argument("--recipe", choices=tuple(MAKERS), default="dbot", help="method (default: dbot)")
+    parser.add_argument("--size", choices=tuple(models.SIZES), default="base", help="encoder (default: base)")
+    parser.add_argument("--image", type=int, default=224, help="side of images or frames, pixels (default: 224)")
+    parser.add_argument("--batch", type=int, default=8, help="images or clips a step (default: 8)")
+    parser.add_argument("--frames", type=int, default=16, help=f"of a clip, for {' and '.join(CLIPS)} (default: 16)")
+
+
+def prepare(args: argparse.Namespace) -> tuple[Shape, command.Setting]:
+    """The step that the options ask for, a tiny one with ``--quick``, and the prepared machine.
+
+    Raises:
+        UserError: an option that cannot be followed here.
+    """
+    if args.batch < 1:
+        raise UserError(f"--batch: expected at least 1, got {args.batch}")
+    setting = command.prepare(args)
+    if args.quick:
+        return Shape(args.recipe, "tiny", 64, 2, 4), dataclasses.replace(setting, effort=QUICK)
+    return Shape(args.recipe, args.size, args.image, args.batch, args.frames), setting
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit code 0, 1 (slower than stored rows) or 2 (a mistake in the call)."""
     return command.run(_main, argv)
@@ -232,11 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cohobate bench step", description=__doc__)
     command.add_options(parser)
-    parser.add_argument("--recipe", choices=tuple(MAKERS), default="dbot", help="method (default: dbot)")
-    parser.add_argument("--size", choices=tuple(models.SIZES), default="base", help="encoder (default: base)")
-    parser.add_argument("--image", type=int, default=224, help="side of images or frames, pixels (default: 224)")
-    parser.add_argument("--batch", type=int, default=8, help="images or clips a step (default: 8)")
-    parser.add_argument("--frames", type=int, default=16, help=f"of a clip, for {' and '.join(CLIPS)} (default: 16)")
+    add_shape_options(parser)
     parser.add_argument(
         "--variants",
         choices=("main", "all"),
@@ -246,15 +265,9 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--profile", action="store_true", help="instead: where each millisecond of a step goes")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE", help="with --profile: draw it")
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        raise UserError(f"--batch: expected at least 1, got {args.batch}")
     if args.picture is not None and not args.profile:
         raise UserError("--picture: expected --profile with it")
-    shape = Shape(args.recipe, args.size, args.image, args.batch, args.frames)
-    setting = command.prepare(args)
-    if args.quick:
-        shape = Shape(args.recipe, "tiny", 64, 2, 4)
-        setting = dataclasses.replace(setting, effort=QUICK)
+    shape, setting = prepare(args)
     if args.profile:
         return _profile(args, setting, shape)
     rows = run(shape, setting, seed=args.seed, which=args.variants, compiled=not args.quick)
