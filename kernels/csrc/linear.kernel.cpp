@@ -3,6 +3,7 @@
 #ifdef __AVX512BF16__
 #include <algorithm>
 
+#include "ahead.h"
 #include "tile.h"
 
 namespace cohobate {
@@ -50,27 +51,35 @@ static inline Bits pairs_of(const float* x, __mmask16 low, __mmask16 high) {
 }
 
 // Panels of x [rows, columns], summed over its rows: pairs of rows 2k and 2k + 1, for k in [begin, end). All panels at once,
-// so that rows are read whole.
+// so that rows are read whole; meanwhile the block of rows behind them is fetched, and the same pairs of the next panel.
 template <class T>
 static void pack_over_rows(const T* x, int64_t rows, int64_t columns, int64_t begin, int64_t end, uint32_t* out) {
-  const int64_t depth = (rows + 1) / 2;
-  for (int64_t p = 0; p < panels_of(columns); ++p)
-    for (int64_t k = begin; k < end; ++k)
+  const int64_t depth = (rows + 1) / 2, panels = panels_of(columns), after = std::min(rows, 2 * end);
+  Ahead block(x + after * columns, x + std::min(rows, after + 2 * kPack) * columns, panels * (end - begin));
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t k = begin; k < end; ++k) {
+      block.fetch();
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t column = p * kColumns + v * kLanes;
         const __mmask16 mask = lanes(columns - column);
         const T* low = x + 2 * k * columns + column;
         const __m256i high = 2 * k + 1 < rows ? row_part(low + columns, mask) : _mm256_setzero_si256();
-        _mm512_store_si512(out + (p * depth + k) * kColumns + v * kLanes, interleave(row_part(low, mask), high));
+        uint32_t* to = out + (p * depth + k) * kColumns + v * kLanes;
+        fetch_to_write(to + depth * kColumns);
+        _mm512_store_si512(to, interleave(row_part(low, mask), high));
       }
+    }
 }
 
 // One panel of x [rows, columns], summed over its columns: rows first ... first + kColumns of it become columns.
 template <class T>
 static void pack_over_columns(const T* x, int64_t rows, int64_t columns, int64_t first, uint32_t* out) {
   const int64_t depth = columns / 2;
-  for (int64_t v = 0; v < kVectors; ++v)
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const int64_t after = std::min(rows, first + (v + 1) * kLanes);
+    Ahead strip(x + after * columns, x + std::min(rows, after + kLanes) * columns, (depth + kLanes - 1) / kLanes);
     for (int64_t k = 0; k < depth; k += kLanes) {
+      strip.fetch();
       const int64_t left = std::min(kLanes, depth - k);
       const __mmask16 low = lanes(2 * left), high = lanes(2 * left - kLanes);
       Bits block[kLanes];
@@ -86,19 +95,24 @@ static void pack_over_columns(const T* x, int64_t rows, int64_t columns, int64_t
       for (int64_t i = 0; i < left; ++i)
         _mm512_store_si512(out + (k + i) * kColumns + v * kLanes, (__m512i)block[i]);
     }
+  }
 }
 
 // Panels of kRows columns of grad [rows, columns], pairs of rows [begin, end), and the sums of these rows (null: not wanted).
 static void pack_rows(const bf16* grad, int64_t rows, int64_t columns, int64_t begin, int64_t end, uint32_t* out, float* sums) {
-  const int64_t depth = (rows + 1) / 2;
+  const int64_t depth = (rows + 1) / 2, strips = (columns + kLanes - 1) / kLanes, after = std::min(rows, 2 * end);
+  Ahead block(grad + after * columns, grad + std::min(rows, after + 2 * kPack) * columns, strips * (end - begin));
   for (int64_t first = 0; first < columns; first += kLanes) {
     const __mmask16 mask = lanes(columns - first);
     uint32_t* panel = out + first * depth;
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     for (int64_t k = begin; k < end; ++k) {
+      block.fetch();
       const bf16* low = grad + 2 * k * columns + first;
       const __m256i high = 2 * k + 1 < rows ? row_part(low + columns, mask) : _mm256_setzero_si256();
       const __m512i pairs = interleave(row_part(low, mask), high);
+      fetch_to_write(panel + (2 * depth + k) * kRows);
+      fetch_to_write(panel + (3 * depth + k) * kRows);
       _mm256_store_si256(reinterpret_cast<__m256i*>(panel + k * kRows), _mm512_castsi512_si256(pairs));
       _mm256_store_si256(reinterpret_cast<__m256i*>(panel + (depth + k) * kRows), _mm512_extracti64x4_epi64(pairs, 1));
       even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
