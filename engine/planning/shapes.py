@@ -58,7 +58,7 @@ class Shapes(StageManager):
             most = f"{samples * data.repeats:,}, an epoch's"
             raise UserError(f"data.batch_size: expected an update of at most {most}, got {update:,}")
         with torch.device("meta"):
-            super().__init__(config, Ranks(0, world, torch.device("cpu")), Path(config.run), batches // accumulate)
+            super().__init__(config, Ranks(0, world, torch.device("cpu")), Path(config.run), batches)
 
     def stage(self, index: int, device: str = "meta") -> Stage:
         """A stage without an updater, not wrapped for many ranks; its weights are random, on "meta" shapes alone."""

@@ -82,9 +82,7 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, ranks)
         point = self._resume_point()
         self.feed = Feed(config, ranks)
-        self.manager = StageManager(
-            config, ranks, self.folder, self.feed.batches_per_epoch // config.optimizer.accumulate
-        )
+        self.manager = StageManager(config, ranks, self.folder, self.feed.batches_per_epoch)
         self.identity = {
             "fingerprint": configuration.fingerprint(config, self.feed.train.hash, ranks.world),
             "config": configuration.bound(config),
@@ -111,7 +109,7 @@ class Run:
         if done.get("finished"):
             self.console.say(f"{self.folder} is finished; give another run=... to train again")
             return
-        self.feed.open(done["step"] * self.config.optimizer.accumulate)
+        self.feed.open(self._taken(done["stage"], done["stage_step"]))
         self._say_what_comes()
         if self.point is None:
             self._evaluate_untrained()
@@ -133,7 +131,7 @@ class Run:
         where = str(self.ranks.device) + (f", {ranks} ranks" if self.ranks.many else "")
         self.console.say(
             f"{self.folder}: {len(self.feed.train)} {self.feed.train.UNIT}s, {images} an update, "
-            f"{self.manager.updates_per_epoch} updates an epoch, on {where}, loader {self.feed.loader.name}"
+            f"{self.feed.batches_per_epoch // self.config.optimizer.accumulate} updates an epoch, on {where}, loader {self.feed.loader.name}"
         )
         for index, stage in enumerate(self.config.stages):
             schedule = self.manager.schedule(index)
@@ -143,6 +141,12 @@ class Run:
                 f"stage {index + 1} {stage.name}: {stage.method}{source}, {schedule.steps} updates, "
                 f"peak rate {schedule.peak:.2e}"
             )
+
+    def _taken(self, index: int, updates: int = 0) -> int:
+        """Micro-batches of a rank in the stages before ``index`` and in its first ``updates``."""
+        counts = [configuration.for_stage(self.config, number).optimizer.accumulate for number in range(index + 1)]
+        before = sum(steps * count for steps, count in zip(self.manager.steps, counts[:-1], strict=False))
+        return before + updates * counts[-1]
 
     def _train_stage(self, stage: Stage) -> Stage:
         if self.progress["stage"] != stage.index:
@@ -185,8 +189,7 @@ class Run:
         """
         if self.config.precision.teacher != "fp8" or stage.teacher is None:
             return
-        taken = sum(self.manager.steps[: stage.index]) * self.config.optimizer.accumulate
-        batch, epoch = self.feed.glance(taken)
+        batch, epoch = self.feed.glance(self._taken(stage.index))
         plan = stage.plan(batch.sample_ids[:CALIBRATED], epoch, masks=1)
         title = f"stage {stage.index + 1} {stage.name}"
         try:
@@ -231,7 +234,8 @@ class Run:
 
     def _log(self, stage: Stage, reporter: Reporter, row: dict[str, Any]) -> None:
         step = self.progress["step"]
-        epoch = round(step / self.manager.updates_per_epoch, 4)
+        taken = self._taken(stage.index, self.progress["stage_step"])
+        epoch = round(taken / self.feed.batches_per_epoch, 4)
         line = {"step": step, "stage": stage.index + 1, "epoch": epoch} | row
         if self.ranks.first:
             self.lines.write(line)

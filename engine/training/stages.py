@@ -102,14 +102,15 @@ class Stage:
         return self.method.teacher.fingerprint() if isinstance(self.method, (DBOT, AMD)) else None
 
 
-def stage_steps(config: Config, updates_per_epoch: int) -> list[int]:
-    """Updates of every stage.
+def stage_steps(config: Config, batches_per_epoch: int) -> list[int]:
+    """Updates of every stage, of which each takes as many batches of a rank as it accumulates.
 
     Raises:
         UserError: a stage too short for a single update.
     """
     counts = []
     for index, stage in enumerate(config.stages):
+        updates_per_epoch = _updates_per_epoch(config, index, batches_per_epoch)
         steps = stage.steps if stage.steps is not None else round(stage.epochs * updates_per_epoch)
         if steps < 1:
             expected = f"at least one update of {updates_per_epoch} an epoch"
@@ -118,17 +119,22 @@ def stage_steps(config: Config, updates_per_epoch: int) -> list[int]:
     return counts
 
 
+def _updates_per_epoch(config: Config, index: int, batches_per_epoch: int) -> int:
+    return batches_per_epoch // configuration.for_stage(config, index).optimizer.accumulate
+
+
 class StageManager:
     """Makes stages and their exports.
 
     Args:
-        config: the run's. ranks: who takes part. folder: the run folder. updates_per_epoch: for schedules in epochs.
+        config: the run's. ranks: who takes part. folder: the run folder. batches_per_epoch: of a rank, for
+            schedules in epochs.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, updates_per_epoch: int) -> None:
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, batches_per_epoch: int) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
-        self.updates_per_epoch = updates_per_epoch
-        self.steps = stage_steps(config, updates_per_epoch)
+        self.batches_per_epoch = batches_per_epoch
+        self.steps = stage_steps(config, batches_per_epoch)
         for index in range(len(self.steps)):
             self.schedule(index)  # what cannot be fails before the first stage is trained
             source = config.stages[index].teacher.source
@@ -149,7 +155,7 @@ class StageManager:
         config = configuration.for_stage(self.config, index)
         optimizer = config.optimizer
         peak = peak_rate(optimizer.lr, optimizer.blr, config.data.batch_size * optimizer.accumulate * self.ranks.world)
-        warmup = optimizer.warmup_epochs * self.updates_per_epoch
+        warmup = optimizer.warmup_epochs * _updates_per_epoch(self.config, index, self.batches_per_epoch)
         return Schedule(self.steps[index], warmup, peak, optimizer.min_lr)
 
     def initial_student(self, index: int) -> VisionTransformer:

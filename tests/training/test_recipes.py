@@ -95,7 +95,7 @@ def test_the_published_schedule(name: str, tmp_path: Path) -> None:
     config = shipped(name)
     kind = "amd_video" if name.endswith(("_k400", "_ssv2")) else name.split("_vit_")[0]
     updates, peak, floor, warmup = SCHEDULES[kind]
-    plan = StageManager(config, PUBLISHED_BATCH, tmp_path, updates_per_epoch=updates)
+    plan = StageManager(config, PUBLISHED_BATCH, tmp_path, batches_per_epoch=updates * config.optimizer.accumulate)
     for index, stage in enumerate(config.stages):
         schedule = plan.schedule(index)
         assert schedule.steps == updates * stage.epochs

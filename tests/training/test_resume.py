@@ -81,6 +81,22 @@ def test_n_steps_equal_k_and_the_rest(tiny: Any, monkeypatch: pytest.MonkeyPatch
     assert steps == [row["step"] for row in lines(folder / "whole")]
 
 
+@pytest.mark.parametrize("updates", [4, 6, 9])
+def test_stages_that_accumulate_different_numbers(tiny: Any, monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """A resumed run takes the batches that were not seen yet, however many each stage's updates took."""
+    words = [*HARD, "stages.0.set={optimizer.accumulate: 3}", "stages.1.set={optimizer.accumulate: 1}"]
+    train(tiny.config("whole", *words))
+    with monkeypatch.context() as patch:
+        cut_after(patch, updates)
+        with pytest.raises(Cut):
+            train(tiny.config("cut", *words))
+    train(tiny.config("cut", *words))
+    assert_same_bits(tiny.folder / "whole", tiny.folder / "cut")
+    rows = lines(tiny.folder / "cut")
+    assert [row["epoch"] for row in rows] == [row["epoch"] for row in lines(tiny.folder / "whole")]
+    assert rows[-1]["epoch"] == (6 * 3 + 6) / 8  # 8 batches of 8 images an epoch
+
+
 def test_the_optimizer_can_survive_a_stage_and_a_cut(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """compat.keep_optimizer: the moments cross the boundary, also when the run is cut right at it."""
     words = [*HARD, "compat.keep_optimizer=true", "compat.keep_patch_bias=true"]

@@ -24,7 +24,7 @@ RANDOM = "{source: random, init: copy}"
 
 
 def manager(config: Config, ranks: Ranks = ALONE) -> StageManager:
-    return StageManager(config, ranks, Path(config.run), updates_per_epoch=4)
+    return StageManager(config, ranks, Path(config.run), batches_per_epoch=4)
 
 
 def two_random(tiny: Any, run: str, *overrides: str) -> Config:
@@ -223,6 +223,8 @@ def test_a_symmetric_student(tiny: Any) -> None:
 def test_steps_come_from_epochs_or_are_given(tiny: Any) -> None:
     config = tiny.config("a", "stages.0.steps=null", "stages.0.epochs=2.5", "stages.1.steps=7")
     assert stage_steps(config, 4) == [10, 7]
+    slower = tiny.config("b", "stages.0.steps=null", "stages.0.epochs=2.5", "stages.0.set={optimizer: {accumulate: 2}}")
+    assert stage_steps(slower, 4)[0] == 5  # of two batches each
     with pytest.raises(UserError, match=r"stages\.0\.epochs: expected at least one update of 4 an epoch, got 0\.1"):
         stage_steps(tiny.config("a", "stages.0.steps=null", "stages.0.epochs=0.1"), 4)
 

@@ -55,7 +55,7 @@ def small(clips: Path, run: Path, *words: str) -> Config:
 
 
 def manager(config: Config) -> StageManager:
-    return StageManager(config, ALONE, Path(config.run), updates_per_epoch=8)
+    return StageManager(config, ALONE, Path(config.run), batches_per_epoch=8)
 
 
 def entered(config: Config, index: int = 0) -> Stage:
@@ -221,7 +221,7 @@ def test_pairs_that_are_not_there_are_refused_before_anything_is_trained(clips: 
 def test_the_demo_gives_both_students_as_many_flops(tmp_path: Path) -> None:
     """The one with a teacher, and the one without: the teacher's forward, projections and generators included."""
     config = load("demo-video", [f"run={tmp_path}"])
-    stages = StageManager(config, ALONE, tmp_path, updates_per_epoch=128)
+    stages = StageManager(config, ALONE, tmp_path, batches_per_epoch=128)
     stages.leave(stages.enter(0), 1)
     amd, alone = stages.enter(1), stages.enter(2)
     assert isinstance(amd.method, AMD) and type(alone.method) is MAE
