@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cohobate.kernels import OPS, native
-from cohobate.kernels.alignment import AlignLoss, Standardise, align_loss
+from cohobate.kernels.alignment import AlignLoss, Standardise, align, align_loss
 from cohobate.kernels.alignment.align import LOSSES, WIDEST, align_cost
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(native.why_not()), reason="native library not built"))
@@ -433,6 +433,23 @@ def test_no_gradient_is_computed_that_nobody_wants(backend: str) -> None:
     x = torch.randn(2, 3, 8)
     *_, grads = torch.ops.cohobate.align_loss(*op_arguments([x, x], wanted=[False, True], backend=backend))
     assert len(grads) == 1
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_call_that_wants_no_gradient_makes_no_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values, in any memory, and autograd is not asked: on the host that costs as much as a small loss."""
+    p, t = (make_features((2, 6, 8), torch.float32, seed, "channels_apart") for seed in (0, 9))
+    rows = make_rows(2, 6, 4, 0).T.contiguous().T
+    options: dict[str, Any] = {"prediction_rows": rows, "target_rows": [None, rows], "standardise": Standardise()}
+    leaf, four = p.clone().requires_grad_(), t[:, :4].clone().requires_grad_()
+    expected = align_loss([leaf, leaf], [four, t], **options, backend=backend)
+    monkeypatch.setattr(align._Align, "apply", lambda *_: pytest.fail("an autograd function was called"))
+    with torch.no_grad():
+        found = align_loss([leaf, leaf], [four, t], **options, backend=backend)
+    frozen = align_loss([p, p], [four, t], **options, backend=backend)
+    for values in (found, frozen):
+        assert torch.equal(values.total, expected.total) and torch.equal(values.per_layer, expected.per_layer)
+        assert not values.total.requires_grad and not values.per_layer.requires_grad
 
 
 @pytest.mark.parametrize("backend", FAST)
