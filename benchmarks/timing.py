@@ -78,6 +78,7 @@ class CudaTimer:
 
     def prepare(self, provider: Timeable) -> Callable[[], float]:
         function, reset, calls = provider.function, provider.reset, provider.copies
+        gc.collect()  # nodes of older autograd graphs would run where they were made: outside of the capture
         # The warm-up on a side stream, as CUDA graphs ask; not without one, for a stream keeps the memory it was given.
         side = torch.cuda.Stream() if provider.capture else torch.cuda.current_stream()
         side.wait_stream(torch.cuda.current_stream())

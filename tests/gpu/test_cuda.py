@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,9 @@ def runner_of(name: str, dtype: str, seed: int = 0) -> Callable[[], tuple[Tensor
     return runner(call_of(kernel).cast(DTYPES[dtype]), kernel.leaves, kernel.modes[-1], upstream)
 
 
-def warm_up(function: Callable[[], Any]) -> None:
-    """On a side stream, as CUDA graphs ask; also compiles the kernels."""
+def warm_up(function: Callable[[], Any]) -> torch.cuda.Stream:
+    """On a side stream, which the capture is to be on too, as CUDA graphs ask; also compiles the kernels."""
+    gc.collect()  # nodes of older autograd graphs would run on the stream where they were made
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -42,6 +44,7 @@ def warm_up(function: Callable[[], Any]) -> None:
             function()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    return side
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -49,9 +52,8 @@ def warm_up(function: Callable[[], Any]) -> None:
 def test_forward_and_backward_are_captured_in_a_graph(name: str, dtype: str) -> None:
     function = runner_of(name, dtype)
     expected = [value.clone() for value in function()]
-    warm_up(function)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    side, graph = warm_up(function), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
         captured = function()
     for _ in range(3):
         for value in captured:

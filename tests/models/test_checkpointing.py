@@ -196,7 +196,7 @@ def test_a_captured_step(kind: str) -> None:
     torch.cuda.current_stream().wait_stream(side)
     chain.zero_grad()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         loss = chain(pixels, plan)
         loss.backward()
     graph.replay()
