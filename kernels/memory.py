@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20  # bytes; malloc recycles smaller blocks itself
+SMALLEST = 1 << 17  # bytes; malloc recycles smaller blocks itself
 # Bytes that may wait on the free list: between two steps all gradients and activations do.
 MOST_IDLE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8 if hasattr(os, "sysconf") else 1 << 30
 ALIGNMENT = 64
@@ -32,11 +32,22 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     try:
         block = _idle[size].pop()
     except (KeyError, IndexError):
-        block = np.empty(size + ALIGNMENT, dtype=np.uint8)
-    start = -block.ctypes.data % ALIGNMENT
-    lease = block[start : start + size]
-    weakref.finalize(lease, _give_back, size, block).atexit = False
-    return torch.from_numpy(lease).view(dtype).view(*shape)  # its storage holds the lease
+        fresh = np.empty(size + ALIGNMENT, dtype=np.uint8)
+        start = -fresh.ctypes.data % ALIGNMENT
+        block = fresh[start : start + size]
+    lease = block.view(_Lease)
+    lease.block = block
+    return torch.frombuffer(lease, dtype=dtype).view(shape)  # its storage holds the lease
+
+
+class _Lease(np.ndarray):
+    """A block in use."""
+
+    block: np.ndarray
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            _give_back(self.block)
 
 
 def idle_bytes() -> int:
@@ -49,8 +60,9 @@ def release() -> None:
     _idle.clear()
 
 
-def _give_back(size: int, block: np.ndarray) -> None:
+def _give_back(block: np.ndarray) -> None:
     """Runs when a lease is gone, in whichever thread that happens; each step is atomic under the interpreter's lock."""
+    size = block.nbytes
     if idle_bytes() + size > MOST_IDLE:
         _idle.clear()
     if size <= MOST_IDLE:

@@ -71,8 +71,9 @@ def linear_cost(rows: int, inputs: int, outputs: int, itemsize: int, *, backward
 
 
 def _forward_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = recycled((x.shape[0], weight.shape[0]), x.dtype)
-    torch.ops.cohobate_native.linear(x, weight, bias, out)
+    outputs, inputs = weight.shape
+    out = recycled((*x.shape[:-1], outputs), x.dtype)
+    torch.ops.cohobate_native.linear(x.view(-1, inputs), weight, bias, out.view(-1, outputs))
     return out
 
 
@@ -81,11 +82,13 @@ def _backward_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = recycled(x.shape if wants_x else (0,), x.dtype)
     dweight = recycled(weight.shape if wants_weight else (0,), weight.dtype)
-    dbias = weight.new_empty(grad.shape[1] * wants_bias)
+    outputs, inputs = weight.shape
+    dbias = torch.empty(outputs * wants_bias, dtype=weight.dtype)
+    grad = grad.view(-1, outputs)
     if wants_x:
-        torch.ops.cohobate_native.linear_dx(grad, weight, dx)
+        torch.ops.cohobate_native.linear_dx(grad, weight, dx.view(-1, inputs))
     if wants_weight:
-        torch.ops.cohobate_native.linear_dw(grad, x, dweight, dbias if wants_bias else None)
+        torch.ops.cohobate_native.linear_dw(grad, x.view(-1, inputs), dweight, dbias if wants_bias else None)
     elif wants_bias:
         torch.sum(grad, 0, dtype=torch.float32, out=dbias)
     return dx, dweight, dbias
@@ -96,7 +99,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised gradients; empty ones where they are not wanted."""
     dx = x.new_empty(x.shape if wants_x else 0)
-    return dx, weight.new_empty(weight.shape if wants_weight else 0), weight.new_empty(grad.shape[1] * wants_bias)
+    return dx, weight.new_empty(weight.shape if wants_weight else 0), weight.new_empty(weight.shape[0] * wants_bias)
 
 
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
@@ -124,10 +127,11 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] bf16 -> [..., out] bf16; the activation is computed in the product's fp32 accumulators."""
-        rows = x.reshape(-1, self.inputs).contiguous()
-        out = recycled((rows.shape[0], self.outputs), torch.bfloat16)
-        torch.ops.cohobate_native.linear_packed(rows, self.packed, self.bias, self.activation, out)
-        return out.view(*x.shape[:-1], self.outputs)
+        rows, out = x.reshape(-1, self.inputs).contiguous(), recycled((*x.shape[:-1], self.outputs), torch.bfloat16)
+        torch.ops.cohobate_native.linear_packed(
+            rows, self.packed, self.bias, self.activation, out.view(-1, self.outputs)
+        )
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------- registration
@@ -152,7 +156,7 @@ register(Op("linear", ("reference", "native"), linear_cost, {"native": _native_l
 
 _linear_op = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, str impl) -> Tensor",
-    fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     native=_forward_native,
 )
 _backward_op = define(
@@ -166,6 +170,7 @@ _backward_op = define(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:  # type: ignore[no-untyped-def]
+        x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.impl = impl
         return _linear_op(x, weight, bias, impl)
@@ -212,9 +217,8 @@ def linear(
         with torch.autocast(x.device.type, enabled=False):
             return linear_reference(x, weight, bias, shadow)
     shift = None if bias is None else bias.float().contiguous()
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out: Tensor = _Linear.apply(rows, weight.contiguous(), shift, impl)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    out: Tensor = _Linear.apply(x, weight, shift, impl)
+    return out
 
 
 def reads_shadow(weight: Tensor) -> bool:
