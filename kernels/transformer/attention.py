@@ -387,12 +387,12 @@ def aot_cases(arch: str) -> list[AotCase]:
 
 
 def _attention_native(packed: Tensor, queries: Tensor | None, heads: int, scale: float) -> Tensor:
-    q, k, v = _heads(packed, queries, heads)
-    out = recycled(q.shape, q.dtype)
-    if not out.numel() or not k.shape[1]:
-        return out.zero_().flatten(2)
-    torch.ops.cohobate_native.attention(q, k, v, scale, out)
-    return out.flatten(2)
+    batch, keys, width = packed.shape
+    out = recycled((batch, keys, width // 3) if queries is None else queries.shape, packed.dtype)
+    if not out.numel() or not keys:
+        return out.zero_()
+    torch.ops.cohobate_native.attention(packed, queries, heads, scale, out)
+    return out
 
 
 def _attention_backward_native(
@@ -400,11 +400,10 @@ def _attention_backward_native(
 ) -> tuple[Tensor, Tensor]:
     dpacked = recycled(packed.shape, packed.dtype)
     dqueries = packed.new_empty(0) if queries is None else recycled(queries.shape, packed.dtype)
-    q, k, v = _heads(packed, queries, heads)
-    if not grad.numel() or not k.shape[1]:
+    if not grad.numel() or not packed.shape[1]:
         return dpacked.zero_(), dqueries.zero_()
-    dq, dk, dv = _heads(dpacked, None if queries is None else dqueries, heads)
-    torch.ops.cohobate_native.attention_backward(q, k, v, grad.unflatten(2, q.shape[2:]), scale, dq, dk, dv)
+    results = dpacked, None if queries is None else dqueries
+    torch.ops.cohobate_native.attention_backward(grad, packed, queries, heads, scale, *results)
     return dpacked, dqueries
 
 
@@ -531,7 +530,8 @@ def short_attention(
         with torch.autocast(qkv.device.type, enabled=False):
             return short_attention_reference(qkv, heads, queries=queries, scale=scale)
     wanted = None if queries is None else rows_dense(queries)
-    out: Tensor = _Attention.apply(rows_dense(qkv), wanted, heads, factor, impl)
+    compute = _Attention.apply if torch.is_grad_enabled() else _attention_op  # a teacher needs no autograd around it
+    out: Tensor = compute(rows_dense(qkv), wanted, heads, factor, impl)
     return out
 
 

@@ -192,6 +192,27 @@ def test_chosen_rows_equal_the_rows_of_all(dtype: torch.dtype, keys: int, dim: i
 
 @pytest.mark.skipif(WITHOUT, reason="native library not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("start", "step"), [(1, 0), (0, 1), (1, 1), (0, 2)])
+def test_rows_may_start_and_step_at_any_value(dtype: torch.dtype, start: int, step: int) -> None:
+    """Two bf16 values are read as one where rows lie evenly; where they do not, the result is the same."""
+    case = Case(2, 27, None, 2, 16, seed=10)
+    (qkv,), grad = inputs(case, dtype), torch.randn(2, 27, 32).to(dtype)
+
+    def moved(x: Tensor) -> Tensor:
+        batch, rows, width = x.shape
+        room = torch.empty(start + batch * rows * (width + step), dtype=dtype)
+        return room.as_strided(x.shape, (rows * (width + step), width + step, 1), start).copy_(x)
+
+    results = []
+    for tensor, weight in ((qkv, grad), (moved(qkv), moved(grad))):
+        leaf = tensor.requires_grad_()
+        out = ours([leaf], case, "native")
+        results.append((out, *torch.autograd.grad(out, leaf, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.skipif(WITHOUT, reason="native library not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeats_bit_for_bit_whatever_the_threads(dtype: torch.dtype) -> None:
     case = Case(3, 90, None, 4, 32, seed=7)
     tensors, weight = inputs(case, dtype), torch.randn(3, 90, 128).to(dtype)
