@@ -1,10 +1,7 @@
 #include "add_norm.h"
 
-#include <algorithm>
 #include <optional>
-#include <vector>
 
-#include "assemble.h"
 #include "tensor.h"
 
 namespace cohobate {
@@ -44,16 +41,11 @@ static void add_norm_backward_binding(const std::optional<Tensor>& grad_sum, con
                                       const std::optional<Tensor>& factor, int64_t chunk, Tensor dx,
                                       const std::optional<Tensor>& dbranch, const std::optional<Tensor>& affine) {
   const NormShape shape = norm_shape(sum);
-  const int64_t rows = shape.batch * shape.length, chunks = (rows + chunk - 1) / chunk;
   const float* mean = static_cast<const float*>(stats.const_data_ptr());
-  std::vector<float> partial(affine ? std::max<int64_t>(chunks, 1) * 2 * shape.width : 0);
   COHOBATE_DISPATCH(add_norm_backward)
-  ({shape, norm_rows(grad_sum), norm_rows(grad_normed), norm_rows(sum), mean, mean + rows, floats(factor), floats(weight),
-    dx.mutable_data_ptr(), dbranch ? dbranch->mutable_data_ptr() : nullptr, dbranch ? dtype_of(*dbranch) : Dtype::f32, chunk,
-    affine ? partial.data() : nullptr});
-  if (!affine) return;
-  COHOBATE_DISPATCH(tree_sum)(partial.data(), chunks, 2 * shape.width);
-  std::copy_n(partial.data(), 2 * shape.width, static_cast<float*>(affine->mutable_data_ptr()));
+  ({shape, norm_rows(grad_sum), norm_rows(grad_normed), norm_rows(sum), mean, mean + shape.batch * shape.length,
+    floats(factor), floats(weight), dx.mutable_data_ptr(), dbranch ? dbranch->mutable_data_ptr() : nullptr,
+    dbranch ? dtype_of(*dbranch) : Dtype::f32, chunk, affine ? static_cast<float*>(affine->mutable_data_ptr()) : nullptr});
 }
 
 }  // namespace cohobate

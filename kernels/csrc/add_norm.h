@@ -39,7 +39,7 @@ struct AddNormBackward {
   void *dx, *dbranch;  // dbranch may be null
   Dtype dbranch_dtype;
   int64_t chunk;   // rows whose weight and bias gradients are added by one task
-  float* partial;  // [chunks, 2, width]: sums of grad_normed * normalised, then of grad_normed; null: not wanted
+  float* affine;   // [2, width]: sums over the rows of grad_normed * normalised, then of grad_normed; null: not wanted
 };
 
 }  // namespace cohobate

@@ -4,113 +4,174 @@
 #include <cmath>
 #include <vector>
 
-#include "fp8.h"
+#include "sweep.h"
+#include "tile.h"
 
 namespace cohobate {
 namespace COHOBATE_ISA {
 namespace {
 
-constexpr int64_t kLanes = 64;  // partial sums of a row: the same tree for every instruction set
+constexpr int64_t kAhead = 1;     // rows that are asked for before they are needed
+constexpr int64_t kColumns = 64;  // of the weight and bias gradients that one task adds over all chunks
 
-// Sums of value(i)[0] and value(i)[1] over i below count.
-struct Pair {
-  float first, second;
+struct Partial;  // names the workspace
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Rows of an optional tensor: at(i) is null where there is none.
+struct Rows {
+  const NormRows rows;
+  const int64_t length, count;
+
+  const char* at(int64_t i) const {
+    if (!rows.data) return nullptr;
+    i = std::min(i, count - 1);
+    const int64_t offset = i / length * rows.batch_stride + i % length * rows.row_stride;
+    return static_cast<const char*>(rows.data) + offset * size_of(rows.dtype);
+  }
 };
 
-template <class F>
-inline Pair sums_of(int64_t count, F value) {
-  float first[kLanes] = {}, second[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-#pragma omp simd
-    for (int64_t k = 0; k < kLanes; ++k) {
-      const Pair pair = value(i + k);
-      first[k] += pair.first;
-      second[k] += pair.second;
-    }
-  for (int64_t k = 0; i + k < count; ++k) {
-    const Pair pair = value(i + k);
-    first[k] += pair.first;
-    second[k] += pair.second;
-  }
-  float a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
-  for (int64_t k = 0; k < kLanes; ++k) {
-    a += first[k];
-    b += second[k];
-  }
-  return {a, b};
+inline Wide inside(Wide values, std::integral_constant<int64_t, kWide>) {
+  return values;
 }
 
-inline const char* row_of(const NormRows& rows, int64_t b, int64_t j) {
-  const int64_t size = rows.dtype == Dtype::f32 ? 4 : 2;
-  return static_cast<const char*>(rows.data) + (b * rows.batch_stride + j * rows.row_stride) * size;
+// Lanes behind a row's end become 0.
+inline Wide inside(Wide values, int64_t count) {
+  float lanes[kWide];
+  store_wide(lanes, values);
+  return load_part(lanes, count);
 }
 
-// sum = x + factor * branch in x's dtype; row: the same in fp32, which stays in the first cache.
+// A row of the sum in fp32, and the total of its values.
+struct Summed {
+  const float* row;
+  float total;
+};
+
+// sum = x + factor * branch in x's dtype; buffer: for the row, where the sum is not fp32 itself.
 template <class X, class Branch>
-void add_row(const void* x, const void* branch, float factor, void* sum, float* __restrict row, int64_t width) {
-  const X* __restrict from = static_cast<const X*>(x);
-  const Branch* __restrict added = static_cast<const Branch*>(branch);
-  X* __restrict to = static_cast<X*>(sum);
-#pragma omp simd
-  for (int64_t k = 0; k < width; ++k) {
-    X rounded;
-    store(&rounded, load(from + k) + factor * load(added + k));
-    to[k] = rounded;
-    row[k] = load(&rounded);
-  }
+Summed add_row(const char* x, const char* branch, float factor, void* sum, float* buffer, int64_t width, const char* next_x,
+               const char* next_branch) {
+  const X* from = reinterpret_cast<const X*>(x);
+  const Branch* added = reinterpret_cast<const Branch*>(branch);
+  X* to = static_cast<X*>(sum);
+  Wide total = {};
+  each_vector(width, [&](int64_t k, auto count) {
+    ask(next_x + k * sizeof(X));
+    ask(next_branch + k * sizeof(Branch));
+    store_part(to + k, load_part(from + k, count) + load_part(added + k, count) * factor, count);
+    const Wide rounded = load_part(to + k, count);
+    if constexpr (!std::is_same_v<X, float>) store_part(buffer + k, rounded, count);
+    total += rounded;
+  });
+  if constexpr (std::is_same_v<X, float>) return {to, total_of(total)};
+  return {buffer, total_of(total)};
 }
 
 template <class X>
-void copy_row(const void* x, const void*, float, void*, float* __restrict row, int64_t width) {
-  const X* __restrict from = static_cast<const X*>(x);
-#pragma omp simd
-  for (int64_t k = 0; k < width; ++k) row[k] = load(from + k);
+Summed read_row(const char* x, const char*, float, void*, float* buffer, int64_t width, const char* next_x, const char*) {
+  const X* from = reinterpret_cast<const X*>(x);
+  Wide total = {};
+  each_vector(width, [&](int64_t k, auto count) {
+    ask(next_x + k * sizeof(X));
+    const Wide values = load_part(from + k, count);
+    if constexpr (!std::is_same_v<X, float>) store_part(buffer + k, values, count);
+    total += values;
+  });
+  if constexpr (std::is_same_v<X, float>) return {from, total_of(total)};
+  return {buffer, total_of(total)};
 }
 
 template <class Out>
-void normalise_row(const float* __restrict row, float mean, float rstd, const float* __restrict weight,
-                   const float* __restrict bias, float inverse, void* normed, int64_t width) {
-  Out* __restrict to = static_cast<Out*>(normed);
-#pragma omp simd
-  for (int64_t k = 0; k < width; ++k)
-    store(to + k, ((row[k] - mean) * rstd * weight[k] + bias[k]) * inverse);  // inverse is 1 but for fp8
+void normalise_row(const float* row, float mean, float rstd, const float* weight, const float* bias, float inverse,
+                   void* normed, int64_t width) {
+  Out* to = static_cast<Out*>(normed);
+  each_vector(width, [=](int64_t k, auto count) {
+    ask_to_write(to + kAhead * width + k);
+    const Wide h = (load_part(row + k, count) - mean) * rstd;
+    store_part(to + k, (h * load_part(weight + k, count) + load_part(bias + k, count)) * inverse, count);
+  });  // inverse is 1 but for fp8
 }
 
-// n: the gradient of the normalised row, h: the row normalised again, both fp32.
+// What a row's gradient needs: grad is that of the normalised row, h the row normalised again, n = grad * weight.
 template <class Out, class X>
-void reload_row(const void* grad, const void* sum, float mean, float rstd, float* __restrict n, float* __restrict h,
-                int64_t width) {
-  const Out* __restrict from = static_cast<const Out*>(grad);
-  const X* __restrict total = static_cast<const X*>(sum);
-#pragma omp simd
-  for (int64_t k = 0; k < width; ++k) {
-    n[k] = load(from + k);
-    h[k] = (load(total + k) - mean) * rstd;
+struct Reader {
+  const Out* grad;
+  const X* sum;
+  const float* weight;
+  float mean, rstd;
+
+  template <class Count>
+  Wide h(int64_t k, Count count) const {
+    return inside((load_part(sum + k, count) - mean) * rstd, count);
   }
+};
+
+struct Means {
+  float first, second;
+};
+
+struct Next {
+  const char *grad, *sum, *grad_sum;
+};
+
+// Means of n and of n h; dweight and dbias (null: not wanted) get the row's share.
+template <class Out, class X>
+Means read_gradient(const char* grad, const char* sum, float mean, float rstd, const float* weight, float* dweight,
+                   float* dbias, int64_t width, const Next& next) {
+  const Reader<Out, X> row{reinterpret_cast<const Out*>(grad), reinterpret_cast<const X*>(sum), weight, mean, rstd};
+  Wide first = {}, second = {};
+  each_vector(width, [&](int64_t k, auto count) {
+    ask(next.grad + k * sizeof(Out));
+    ask(next.sum + k * sizeof(X));
+    if (next.grad_sum) ask(next.grad_sum + k * sizeof(X));
+    const Wide g = load_part(row.grad + k, count), h = row.h(k, count), n = g * load_part(weight + k, count);
+    first += n;
+    second += n * h;
+    if (!dweight) return;
+    store_part(dweight + k, load_part(dweight + k, count) + g * h, count);
+    store_part(dbias + k, load_part(dbias + k, count) + g, count);
+  });
+  return {total_of(first) / width, total_of(second) / width};
 }
 
-// dx = grad_sum + rstd * (n * weight - c1 - h * c2); kSum: there is a grad_sum; kBranch: dbranch is wanted.
-template <class X, class Branch, bool kSum, bool kBranch>
-void gradient_row(const void* grad_sum, const float* __restrict n, const float* __restrict h,
-                  const float* __restrict weight, Pair c, float rstd, float factor, void* dx, void* dbranch, int64_t width) {
-  const X* __restrict incoming = static_cast<const X*>(grad_sum);
-  X* __restrict to = static_cast<X*>(dx);
-  Branch* __restrict branch = static_cast<Branch*>(dbranch);
-#pragma omp simd
-  for (int64_t k = 0; k < width; ++k) {
-    float value = rstd * (n[k] * weight[k] - c.first - h[k] * c.second);
-    if constexpr (kSum) value += load(incoming + k);
-    store(to + k, value);
-    if constexpr (kBranch) store(branch + k, factor * value);
-  }
+// dx = grad_sum + rstd * (n - c1 - h * c2); kSum: there is a grad_sum; kBranch: dbranch is wanted.
+template <class Out, class X, class Branch>
+void write_gradient(const char* grad, const char* sum, const char* grad_sum, float mean, float rstd, const float* weight,
+                    Means c, float factor, void* dx, void* dbranch, int64_t width) {
+  const Reader<Out, X> row{reinterpret_cast<const Out*>(grad), reinterpret_cast<const X*>(sum), weight, mean, rstd};
+  const X* incoming = reinterpret_cast<const X*>(grad_sum);
+  X* to = static_cast<X*>(dx);
+  Branch* branch = static_cast<Branch*>(dbranch);
+  each_vector(width, [=](int64_t k, auto count) {
+    ask_to_write(to + kAhead * width + k);
+    if (branch) ask_to_write(branch + kAhead * width + k);
+    const Wide n = load_part(row.grad + k, count) * load_part(weight + k, count);
+    Wide value = (n - c.first - row.h(k, count) * c.second) * rstd;
+    if (incoming) value += load_part(incoming + k, count);
+    store_part(to + k, value, count);
+    if (branch) store_part(branch + k, value * factor, count);
+  });
 }
 
-template <class X, class Branch>
-auto gradient_row_for(bool has_sum, bool wants_branch) {
-  if (has_sum) return wants_branch ? gradient_row<X, Branch, true, true> : gradient_row<X, Branch, true, false>;
-  return wants_branch ? gradient_row<X, Branch, false, true> : gradient_row<X, Branch, false, false>;
+template <class Out, class X>
+auto write_for(bool wide_branch) {
+  return wide_branch ? write_gradient<Out, X, float> : write_gradient<Out, X, bf16>;
+}
+
+// Columns [first, last) of the sum of `count` rows, by halving: the tree of tree_sum.
+void sum_columns(float* rows, int64_t count, int64_t width, int64_t first, int64_t last, float* out) {
+  while (count > 1) {
+    const int64_t half = (count + 1) / 2;
+    for (int64_t r = half; r < count; ++r) {
+      const float* __restrict from = rows + r * width;
+      float* __restrict to = rows + (r - half) * width;
+#pragma omp simd
+      for (int64_t k = first; k < last; ++k) to[k] += from[k];
+    }
+    count = half;
+  }
+  std::copy(rows + first, rows + last, out + first);
 }
 
 }  // namespace
@@ -118,30 +179,37 @@ auto gradient_row_for(bool has_sum, bool wants_branch) {
 void add_norm(const AddNorm& a) {
   const auto [batch, length, width] = a.shape;
   const bool wide_x = a.x.dtype == Dtype::f32, wide_branch = a.branch.dtype == Dtype::f32;
-  const auto add = !a.branch.data ? (wide_x ? copy_row<float> : copy_row<bf16>)
+  const auto add = !a.branch.data ? (wide_x ? read_row<float> : read_row<bf16>)
                    : wide_branch  ? (wide_x ? add_row<float, float> : add_row<bf16, float>)
                                   : (wide_x ? add_row<float, bf16> : add_row<bf16, bf16>);
   const auto normalise = a.normed_dtype == NormOut::f32    ? normalise_row<float>
                          : a.normed_dtype == NormOut::bf16 ? normalise_row<bf16>
                                                            : normalise_row<fp8>;
-  const int64_t size = wide_x ? 4 : 2, normed_size = a.normed_dtype == NormOut::f32 ? 4 : a.normed_dtype == NormOut::bf16 ? 2 : 1;
+  const int64_t sum_size = size_of(a.x.dtype) * width;
+  const int64_t normed_size = (a.normed_dtype == NormOut::f32 ? 4 : a.normed_dtype == NormOut::bf16 ? 2 : 1) * width;
   const std::vector<float> ones(a.weight ? 0 : width, 1.0f), zeros(a.bias ? 0 : width, 0.0f);
   const float *weight = a.weight ? a.weight : ones.data(), *bias = a.bias ? a.bias : zeros.data();
+  const int64_t rows = batch * length;
+  const Rows x{a.x, length, rows}, branch{a.branch, length, rows};
 #pragma omp parallel
   {
-    std::vector<float> buffer(width);
-    float* row = buffer.data();
+    std::vector<float> buffer(wide_x ? 0 : width);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < batch * length; ++i) {
-      const int64_t b = i / length, j = i % length;
-      add(row_of(a.x, b, j), a.branch.data ? row_of(a.branch, b, j) : nullptr, a.factor ? a.factor[b] : 1.0f,
-          static_cast<char*>(a.sum) + (a.sum ? i * width * size : 0), row, width);
-      const float mean = sums_of(width, [=](int64_t k) { return Pair{row[k], 0.0f}; }).first / width;
-      const float squares = sums_of(width, [=](int64_t k) { return Pair{(row[k] - mean) * (row[k] - mean), 0.0f}; }).first;
-      const float rstd = 1 / std::sqrt(squares / width + a.eps);
+    for (int64_t i = 0; i < rows; ++i) {
+      char* sum = a.sum ? static_cast<char*>(a.sum) + i * sum_size : nullptr;
+      const auto [row, total] = add(x.at(i), branch.at(i), a.factor ? a.factor[i / length] : 1.0f, sum, buffer.data(), width,
+                                    x.at(i + kAhead), branch.at(i + kAhead));
+      const float mean = total / width;
+      Wide squares = {};
+      each_vector(width, [&, row = row, width = width](int64_t k, auto count) {
+        if (sum) ask_to_write(sum + kAhead * sum_size + k * (sum_size / width));
+        const Wide centred = inside(load_part(row + k, count) - mean, count);
+        squares += centred * centred;
+      });
+      const float rstd = 1 / std::sqrt(total_of(squares) / width + a.eps);
       a.mean[i] = mean;
       a.rstd[i] = rstd;
-      normalise(row, mean, rstd, weight, bias, a.inverse, static_cast<char*>(a.normed) + i * width * normed_size, width);
+      normalise(row, mean, rstd, weight, bias, a.inverse, static_cast<char*>(a.normed) + i * normed_size, width);
     }
   }
 }
@@ -149,41 +217,39 @@ void add_norm(const AddNorm& a) {
 void add_norm_backward(const AddNormBackward& a) {
   const auto [batch, length, width] = a.shape;
   const bool wide_x = a.sum.dtype == Dtype::f32, wide_out = a.grad_normed.dtype == Dtype::f32;
-  const bool wide_branch = a.dbranch_dtype == Dtype::f32, has_sum = a.grad_sum.data, wants_branch = a.dbranch;
-  const auto reload = wide_out ? (wide_x ? reload_row<float, float> : reload_row<float, bf16>)
-                               : (wide_x ? reload_row<bf16, float> : reload_row<bf16, bf16>);
-  const auto gradient =
-      wide_x ? (wide_branch ? gradient_row_for<float, float> : gradient_row_for<float, bf16>)(has_sum, wants_branch)
-             : (wide_branch ? gradient_row_for<bf16, float> : gradient_row_for<bf16, bf16>)(has_sum, wants_branch);
-  const int64_t size = wide_x ? 4 : 2, branch_size = wide_branch ? 4 : 2;
+  const bool wide_branch = a.dbranch_dtype == Dtype::f32;
+  const auto read = wide_out ? (wide_x ? read_gradient<float, float> : read_gradient<float, bf16>)
+                             : (wide_x ? read_gradient<bf16, float> : read_gradient<bf16, bf16>);
+  const auto write = (wide_out ? (wide_x ? write_for<float, float> : write_for<float, bf16>)
+                               : (wide_x ? write_for<bf16, float> : write_for<bf16, bf16>))(wide_branch);
+  const int64_t size = size_of(a.sum.dtype) * width, branch_size = size_of(a.dbranch_dtype) * width;
   const int64_t rows = batch * length, chunks = (rows + a.chunk - 1) / a.chunk;
+  if (rows == 0 && a.affine) std::fill_n(a.affine, 2 * width, 0.0f);
+  if (rows == 0) return;
   const std::vector<float> ones(a.weight ? 0 : width, 1.0f);
   const float* weight = a.weight ? a.weight : ones.data();
+  float* partial = a.affine ? static_cast<float*>(workspace<Partial>(chunks * 2 * width * sizeof(float))) : nullptr;
+  const Rows grad_sum{a.grad_sum, length, rows}, grad{a.grad_normed, length, rows}, sum{a.sum, length, rows};
 #pragma omp parallel
   {
-    std::vector<float> buffer(2 * width);
-    float *n = buffer.data(), *h = n + width;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < chunks; ++task) {
-      float* __restrict dweight = a.partial ? a.partial + task * 2 * width : nullptr;
-      float* __restrict dbias = a.partial ? dweight + width : nullptr;
-      if (a.partial) std::fill_n(dweight, 2 * width, 0.0f);
+      float* dweight = partial ? partial + task * 2 * width : nullptr;
+      if (partial) std::fill_n(dweight, 2 * width, 0.0f);
       for (int64_t i = task * a.chunk; i < std::min(rows, (task + 1) * a.chunk); ++i) {
-        const int64_t b = i / length, j = i % length;
-        const float rstd = a.rstd[i];
-        reload(row_of(a.grad_normed, b, j), row_of(a.sum, b, j), a.mean[i], rstd, n, h, width);
-        if (a.partial)
-#pragma omp simd
-          for (int64_t k = 0; k < width; ++k) {
-            dweight[k] += n[k] * h[k];
-            dbias[k] += n[k];
-          }
-        const Pair sums = sums_of(width, [=](int64_t k) { return Pair{n[k] * weight[k], n[k] * weight[k] * h[k]}; });
-        gradient(has_sum ? row_of(a.grad_sum, b, j) : nullptr, n, h, weight, {sums.first / width, sums.second / width}, rstd,
-                 a.factor ? a.factor[b] : 1.0f, static_cast<char*>(a.dx) + i * width * size,
-                 static_cast<char*>(a.dbranch) + (wants_branch ? i * width * branch_size : 0), width);
+        const Next next{grad.at(i + kAhead), sum.at(i + kAhead), grad_sum.at(i + kAhead)};
+        const float mean = a.mean[i], rstd = a.rstd[i];
+        const Means means =
+            read(grad.at(i), sum.at(i), mean, rstd, weight, dweight, partial ? dweight + width : nullptr, width, next);
+        write(grad.at(i), sum.at(i), grad_sum.at(i), mean, rstd, weight, means, a.factor ? a.factor[i / length] : 1.0f,
+              static_cast<char*>(a.dx) + i * size,
+              a.dbranch ? static_cast<char*>(a.dbranch) + i * branch_size : nullptr, width);
       }
     }
+    if (partial)
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < 2 * width; first += kColumns)
+        sum_columns(partial, chunks, 2 * width, first, std::min(2 * width, first + kColumns), a.affine);
   }
 }
 

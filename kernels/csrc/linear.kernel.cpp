@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ahead.h"
+#include "gelu.h"
 #include "tile.h"
 
 namespace cohobate {
@@ -51,21 +52,21 @@ static inline Bits pairs_of(const float* x, __mmask16 low, __mmask16 high) {
 }
 
 // Panels of x [rows, columns], summed over its rows: pairs of rows 2k and 2k + 1, for k in [begin, end). All panels at once,
-// so that rows are read whole; meanwhile the block of rows behind them is fetched, and the same pairs of the next panel.
+// so that rows are read whole; meanwhile the block of rows behind them is asked for, and the same pairs of the next panel.
 template <class T>
 static void pack_over_rows(const T* x, int64_t rows, int64_t columns, int64_t begin, int64_t end, uint32_t* out) {
   const int64_t depth = (rows + 1) / 2, panels = panels_of(columns), after = std::min(rows, 2 * end);
   Ahead block(x + after * columns, x + std::min(rows, after + 2 * kPack) * columns, panels * (end - begin));
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t k = begin; k < end; ++k) {
-      block.fetch();
+      block.ask_on();
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t column = p * kColumns + v * kLanes;
         const __mmask16 mask = lanes(columns - column);
         const T* low = x + 2 * k * columns + column;
         const __m256i high = 2 * k + 1 < rows ? row_part(low + columns, mask) : _mm256_setzero_si256();
         uint32_t* to = out + (p * depth + k) * kColumns + v * kLanes;
-        fetch_to_write(to + depth * kColumns);
+        ask_to_write(to + depth * kColumns);
         _mm512_store_si512(to, interleave(row_part(low, mask), high));
       }
     }
@@ -79,7 +80,7 @@ static void pack_over_columns(const T* x, int64_t rows, int64_t columns, int64_t
     const int64_t after = std::min(rows, first + (v + 1) * kLanes);
     Ahead strip(x + after * columns, x + std::min(rows, after + kLanes) * columns, (depth + kLanes - 1) / kLanes);
     for (int64_t k = 0; k < depth; k += kLanes) {
-      strip.fetch();
+      strip.ask_on();
       const int64_t left = std::min(kLanes, depth - k);
       const __mmask16 low = lanes(2 * left), high = lanes(2 * left - kLanes);
       Bits block[kLanes];
@@ -107,12 +108,12 @@ static void pack_rows(const bf16* grad, int64_t rows, int64_t columns, int64_t b
     uint32_t* panel = out + first * depth;
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     for (int64_t k = begin; k < end; ++k) {
-      block.fetch();
+      block.ask_on();
       const bf16* low = grad + 2 * k * columns + first;
       const __m256i high = 2 * k + 1 < rows ? row_part(low + columns, mask) : _mm256_setzero_si256();
       const __m512i pairs = interleave(row_part(low, mask), high);
-      fetch_to_write(panel + (2 * depth + k) * kRows);
-      fetch_to_write(panel + (3 * depth + k) * kRows);
+      ask_to_write(panel + (2 * depth + k) * kRows);
+      ask_to_write(panel + (3 * depth + k) * kRows);
       _mm256_store_si256(reinterpret_cast<__m256i*>(panel + k * kRows), _mm512_castsi512_si256(pairs));
       _mm256_store_si256(reinterpret_cast<__m256i*>(panel + (depth + k) * kRows), _mm512_extracti64x4_epi64(pairs, 1));
       even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
@@ -158,25 +159,8 @@ struct Plain {
   static Vector of(Vector x) { return x; }
 };
 
-// x Phi(x) within 1.2e-5: Phi is 1/2 + x q(x^2) up to |x| = 4.6, where it has become 0 or 1. q was fitted to the product's
-// largest error; no division, no exponential.
 struct Gelu {
-  static Vector of(Vector x) {
-    constexpr float kEnd = 4.6f;
-    Vector c = x > kEnd ? Vector{} + kEnd : x;
-    c = c < -kEnd ? Vector{} - kEnd : c;
-    const Vector t = c * c * (2 / (kEnd * kEnd)) - 1.0f;
-    Vector q = t * -0.0018411938798f + 0.0056193331256f;
-    q = q * t - 0.0078495778143f;
-    q = q * t + 0.010949118994f;
-    q = q * t - 0.019019242376f;
-    q = q * t + 0.029528001323f;
-    q = q * t - 0.040615335106f;
-    q = q * t + 0.054136876016f;
-    q = q * t - 0.075755767524f;
-    q = q * t + 0.15354344248f;
-    return x * (c * q + 0.5f);
-  }
+  static Vector of(Vector x) { return gelu_of(x); }
 };
 
 // x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as x (1 + tanh u) / 2.

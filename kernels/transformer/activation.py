@@ -11,8 +11,9 @@ Source: Hendrycks and Gimpel, "Gaussian error linear units" (arXiv 1606.08415); 
 | bias   | [D]      | any of them, computed in fp32        | any                          |
 | out    | [..., D] | as x; float8_e4m3fn (bias_gelu_fp8)  | contiguous                   |
 
-Values are fp32, rounded once; float64 runs as the reference. Backward computes v again from x and bias, so nothing is
-saved but the inputs: dx = d_out * gelu'(v), dbias = sum over rows of dx before it is rounded. Floor:
+Values are fp32, rounded once; float64 runs as the reference. For the exact GELU of bf16, `native` evaluates polynomials
+where there is AVX-512 (csrc/gelu.h), within 4e-6 of it and of its slope. Backward computes v again from x and bias, so
+nothing is saved but the inputs: dx = d_out * gelu'(v), dbias = sum over rows of dx before it is rounded. Floor:
 :func:`bias_gelu_cost`.
 
 Determinism: bitwise from run to run. Elementwise; dbias adds the rows of a chunk, then the chunks as a tree whose shape
@@ -21,6 +22,7 @@ follows from the number of rows alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +209,7 @@ def aot_cases(architecture: str) -> list[AotCase]:
 
 def _forward_native(x: Tensor, bias: Tensor | None, tanh: bool, scale: float, dtype: torch.dtype) -> Tensor:
     out = recycled(x.shape, torch.uint8 if dtype == FP8 else dtype)
-    torch.ops.cohobate_native.bias_gelu(x, bias, tanh, 1 / scale, out)
+    torch.ops.cohobate_native.bias_gelu.default(x, bias, tanh, 1 / scale, out)
     return out.view(dtype)
 
 
@@ -216,7 +218,7 @@ def _backward_native(
 ) -> tuple[Tensor, Tensor]:
     dx = recycled(x.shape, x.dtype)
     dbias = x.new_empty(x.shape[1] if wants_bias else 0, dtype=torch.float32)
-    torch.ops.cohobate_native.bias_gelu_backward(grad, x, bias, tanh, CHUNK, dx, dbias if wants_bias else None)
+    torch.ops.cohobate_native.bias_gelu_backward.default(grad, x, bias, tanh, CHUNK, dx, dbias if wants_bias else None)
     return dx, dbias
 
 
@@ -227,10 +229,12 @@ def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
+@functools.cache  # it is asked at every call
 def _native_limit(*, dtypes: Sequence[torch.dtype]) -> list[str]:
     return dtype_reasons("native", NATIVE_DTYPES, dtypes)
 
 
+@functools.cache
 def _triton_limit(*, dtypes: Sequence[torch.dtype]) -> list[str]:
     return dtype_reasons("triton", FLOAT_DTYPES, dtypes)
 
@@ -302,7 +306,12 @@ def bias_gelu(
     impl = choose("bias_gelu", x, backend, dtypes=_dtypes(x, bias))
     if impl == "reference":
         return bias_gelu_reference(x, bias, approximate=approximate)
-    out: Tensor = _BiasGelu.apply(as_rows(x), _prepared(bias), approximate == "tanh", impl)
+    rows, shift, tanh = as_rows(x), _prepared(bias), approximate == "tanh"
+    out: Tensor
+    if torch.is_grad_enabled():
+        out = _BiasGelu.apply(rows, shift, tanh, impl)
+    else:
+        out = _forward_op(rows, shift, tanh, 1.0, x.dtype, impl)
     return out.view(x.shape)
 
 

@@ -32,6 +32,7 @@ as a tree whose shape follows from B and N alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -364,7 +365,7 @@ def _forward_native(
     total = x.new_empty(0) if branch is None else recycled(x.shape, x.dtype)
     normed = recycled(x.shape, torch.uint8 if dtype == FP8 else dtype)
     stats = x.new_empty(2, x.shape[0], x.shape[1], dtype=torch.float32)
-    torch.ops.cohobate_native.add_norm(
+    torch.ops.cohobate_native.add_norm.default(
         x, branch, weight, bias, factor, eps, 1 / scale, None if branch is None else total, normed, stats
     )
     return total, normed.view(dtype), stats
@@ -384,7 +385,7 @@ def _backward_native(
     dx = recycled(total.shape, total.dtype)
     dbranch = recycled(total.shape if wants_branch else (0,), dtype)
     affine = stats.new_empty((2, total.shape[2]) if wants_affine else 0)
-    torch.ops.cohobate_native.add_norm_backward(
+    torch.ops.cohobate_native.add_norm_backward.default(
         grad_sum, grad_normed, total, stats, weight, factor, CHUNK, dx, dbranch if wants_branch else None,
         affine if wants_affine else None,
     )  # fmt: skip
@@ -409,10 +410,12 @@ def _gradients(
     return total.new_empty(total.shape), dbranch, affine
 
 
+@functools.cache  # it is asked at every call
 def _native_limit(*, dtypes: Sequence[torch.dtype], wide: bool) -> list[str]:
     return dtype_reasons("native", (*NATIVE_DTYPES, FP8), dtypes)
 
 
+@functools.cache
 def _triton_limit(*, dtypes: Sequence[torch.dtype], wide: bool) -> list[str]:
     reasons = dtype_reasons("triton", (*FLOAT_DTYPES, FP8), dtypes)
     return reasons + [f"triton keeps rows of up to {WIDEST} channels in registers, x is wider"] * wide
@@ -527,8 +530,12 @@ def add_norm(
     impl = choose("add_norm", x, backend, **_facts(x, branch, weight, bias, out))
     if impl == "reference":
         return add_norm_reference(x, branch, weight=weight, bias=bias, factor=_constant(factor), eps=eps, dtype=out)
-    total, normed = _AddNorm.apply(*_prepared(x, branch, weight, bias, factor), float(eps), out, impl)
-    return total, normed
+    prepared = _prepared(x, branch, weight, bias, factor)
+    if torch.is_grad_enabled():
+        total, normed = _AddNorm.apply(*prepared, float(eps), out, impl)
+        return total, normed
+    total, normed, _ = _forward_op(*prepared, float(eps), 1.0, out, impl)
+    return (x if branch is None else total), normed
 
 
 def add_norm_fp8(
