@@ -154,7 +154,11 @@ def run(
     providers = [
         _provider(v.name, steps[v.name], v.role, v.dtype, allowed[v.dtype], cost(twins, v.dtype), v.note) for v in found
     ]
-    providers.append(_provider("engine bf16", engine_step(twins), "ours", "bf16", allowed["bf16"], cost(twins, "bf16")))
+    step, needed = engine_step(twins), cost(twins, "bf16")
+    providers.append(_provider("engine bf16", step, "ours", "bf16", allowed["bf16"], needed))
+    if device == "cuda":  # what execution.cuda_graph makes of it
+        graph = _provider("engine bf16, one CUDA graph", step, "ours", "bf16", allowed["bf16"], needed)
+        providers.append(dataclasses.replace(graph, capture=True))
     rows = measure(
         case,
         providers,

@@ -126,12 +126,12 @@ class Run:
         self.console.say(f"finished in {duration(time.perf_counter() - self.begin)}")
 
     def _say_what_comes(self) -> None:
-        data, ranks = self.config.data, self.ranks.world
-        images = data.batch_size * self.config.optimizer.accumulate * ranks
+        data, ranks, accumulate = self.config.data, self.ranks.world, self.config.optimizer.accumulate
+        images = data.batch_size * accumulate * ranks
         where = str(self.ranks.device) + (f", {ranks} ranks" if self.ranks.many else "")
         self.console.say(
             f"{self.folder}: {len(self.feed.train)} {self.feed.train.UNIT}s, {images} an update, "
-            f"{self.feed.batches_per_epoch // self.config.optimizer.accumulate} updates an epoch, on {where}, loader {self.feed.loader.name}"
+            f"{self.feed.batches_per_epoch // accumulate} updates an epoch, on {where}, loader {self.feed.loader.name}"
         )
         for index, stage in enumerate(self.config.stages):
             schedule = self.manager.schedule(index)
