@@ -379,7 +379,7 @@ def test_small_models_wait_for_the_host() -> None:
 def test_other_sizes_get_a_wider_range() -> None:
     base, large = (plan(f"dbot_vit_{size}", card="cpu").stages[-1] for size in ("base", "large"))
     assert base.own_share and not large.own_share
-    assert base.seconds[2] / base.seconds[0] < 1.25 < 1.7 < large.seconds[2] / large.seconds[0]
+    assert base.seconds[2] / base.seconds[0] < 1.25 < 1.5 < large.seconds[2] / large.seconds[0]
 
 
 # -- machines and teachers ---------------------------------------------------------------------------------------------
