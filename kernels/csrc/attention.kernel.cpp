@@ -34,8 +34,6 @@ struct Sums {
 // The first `left` of sixteen values, or all of them. A call would move accumulators out of their registers; where there are
 // not enough registers for them anyway, it is one.
 #ifdef __AVX512F__
-static inline __mmask16 lanes(int64_t count) { return count < kLanes ? (1u << count) - 1 : 0xFFFF; }
-
 static inline void write_part(float* to, Vector values, int64_t left) {
   _mm512_mask_storeu_ps(to, lanes(left), (__m512)values);
 }

@@ -29,8 +29,6 @@ static inline int64_t chunk_of(int64_t rows, int64_t depth) {
 
 static inline int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 
-static inline __mmask16 lanes(int64_t count) { return count >= kLanes ? 0xFFFF : count <= 0 ? 0 : (1u << count) - 1; }
-
 // Pairs (low, high) of sixteen columns, from two rows of bf16 or of fp32.
 static inline __m512i interleave(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));

@@ -110,6 +110,9 @@ static inline void tile(const typename Op::Element* a, int64_t a_row, int64_t a_
 }
 
 #ifdef __AVX512F__
+// The first `count` lanes, all of them, or none.
+static inline __mmask16 lanes(int64_t count) { return count >= kLanes ? 0xFFFF : count <= 0 ? 0 : (1u << count) - 1; }
+
 // Swap half of the lanes between rows that lie `kDistance` apart.
 template <int kDistance>
 static inline void swap_lanes(Bits* rows) {
