@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -377,9 +378,12 @@ def test_small_models_wait_for_the_host() -> None:
 
 
 def test_other_sizes_get_a_wider_range() -> None:
-    base, large = (plan(f"dbot_vit_{size}", card="cpu").stages[-1] for size in ("base", "large"))
+    # Far from 1, where a share's range is cut off.
+    known = replace(planning.load("cpu"), share={"dbot 768": (0.45, 0.5, 0.55), "other": (0.35, 0.5, 0.65)})
+    configs = [configuration.load(f"dbot_vit_{size}", ()) for size in ("base", "large")]
+    base, large = (planning.make_plan(config, known).stages[-1] for config in configs)
     assert base.own_share and not large.own_share
-    assert base.seconds[2] / base.seconds[0] < 1.25 < 1.5 < large.seconds[2] / large.seconds[0]
+    assert base.seconds[2] / base.seconds[0] < 1.25 < 1.7 < large.seconds[2] / large.seconds[0]
 
 
 # -- machines and teachers ---------------------------------------------------------------------------------------------
