@@ -39,6 +39,7 @@ from cohobate.kernels import Cost, tokens, use_backend, why_not
 from cohobate.kernels.backends import optimizer
 from cohobate.kernels.backends.attention import use_attention
 from cohobate.kernels.tokens.embed import embed_patches_reference
+from cohobate.kernels.transformer.block import PARTS
 from cohobate.masking import MaskPlan, random_plan
 from cohobate.methods import amd
 from cohobate.methods.objective import AlignTerm, PixelTerm, StepLoss, objective
@@ -51,9 +52,11 @@ from cohobate.training.optimizer import Updater
 SHIPPED = "as it ships"
 MASKS = 4
 PACKED = "the teacher's packed products stay"
+APART = "the blocks' other kernels one by one"
 FAST = {"cpu": "native", "cuda": "triton"}
 KERNELS = (
-    "linear", "add_norm", "bias_gelu", "embed_patches", "assemble", "take", "put", "align_loss", "pixel_loss",
+    "pre_norm_block", "linear", "add_norm", "bias_gelu", "embed_patches", "assemble", "take", "put", "align_loss",
+    "pixel_loss",
 )  # fmt: skip
 LEAST = 5  # rounds a repeat: a step takes a second or more
 
@@ -194,13 +197,15 @@ def by_reference(*ops: str) -> Make:
             fast = FAST[bench.device]
             reasons = [reason for op in ops for reason in why_not(op, fast, bench.device)]
             return "; ".join(dict.fromkeys(reasons)) or f"this step does not call {' or '.join(ops)} of ours"
-        return Variant(lambda: use_backend("reference", *ops), note=PACKED if "linear" in ops else "")
+        apart = "pre_norm_block" in bench.called and not set(PARTS[1:]).isdisjoint(ops)
+        notes = [PACKED] * ("linear" in ops) + [APART] * apart
+        return Variant(lambda: use_backend("reference", *ops), note="; ".join(notes))
 
     return build
 
 
 def _attention(bench: Bench) -> Variant:
-    return Variant(lambda: use_attention("sdpa"))
+    return Variant(lambda: use_attention("sdpa"), note=APART if "pre_norm_block" in bench.called else "")
 
 
 def _every_op(bench: Bench) -> Variant:
@@ -422,6 +427,7 @@ def _fp8(bench: Bench) -> Variant | str:
 
 
 SWITCHES = (
+    Switch("one call a block", "on", "its kernels called one by one", by_reference("pre_norm_block")),
     Switch("attention table", "on", "scaled_dot_product_attention for every call", _attention),
     Switch("linear kernel", "on", "torch's products of weights cast at every call", by_reference("linear")),
     Switch("add + norm kernel", "on", "torch's sum, LayerNorm and cast", by_reference("add_norm")),

@@ -130,6 +130,12 @@ def choose(name: str, tensor: torch.Tensor, backend: str | None = None, **facts:
     return _resolve(name, tensor.device.type, backend if backend is not None else asked(name), tuple(facts.items()))
 
 
+def takes(name: str, implementation: str, device: str, **facts: Any) -> bool:
+    """Would op ``name`` run as ``implementation``, the fast one of ``device``, where no argument asks for another?"""
+    wanted = asked(name) or _environment
+    return wanted in ("auto", implementation) and not why_not(name, implementation, device, **facts)
+
+
 def asked(name: str | None = None) -> str | None:
     """The backend that :func:`use_backend` around this call asks of op ``name``; None for none.
 

@@ -126,8 +126,10 @@ def _ops() -> Any:
     rows: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(OPS):
         native = _answer(why_not(name, "native", "cpu"))
-        triton = why_not(name, "triton", "cuda") if _cuda() or "triton" not in OPS[name].implementations else [NO_CUDA]
-        rows.setdefault((_answer(why_not(name, "reference", "cpu")), native, _answer(triton)), []).append(name)
+        triton = _answer(why_not(name, "triton", "cuda") if _cuda() else [NO_CUDA])
+        if "triton" not in OPS[name].implementations:
+            triton = "none"
+        rows.setdefault((_answer(why_not(name, "reference", "cpu")), native, triton), []).append(name)
     table = _table("ops", "reference", "native (cpu)", "triton (cuda)")
     for answers, names in rows.items():
         table.add_row(", ".join(names), *answers)

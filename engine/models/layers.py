@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.kernels.backends import attend
 from cohobate.kernels.transformer import add_norm, bias_gelu, linear
+from cohobate.kernels.transformer.block import Parameters, in_one_call, pre_norm_block
 from cohobate.models.positions import bias_of_queries
 
 NORM_EPS = 1e-6
@@ -231,11 +233,48 @@ class Block(nn.Module):
     def _compute(
         self, stream: Stream, compute: torch.dtype, drop: Tensor | None, queries: Tensor | None, bias: Tensor | None
     ) -> Stream:
+        if queries is None and bias is None:
+            found = self._in_one_call(stream, compute, drop)
+            if found is not None:
+                return found
         stream, normed = self.norm1.add(stream, compute)
         branch = self.ls1(self.attn(normed, queries, bias))
         x = stream.x if queries is None else tokens.take(stream.x, queries)
         stream, normed = self.norm2.add(Stream(x, branch, None if drop is None else drop[0]), compute)
         return Stream(stream.x, self.ls2(self.mlp(normed)), None if drop is None else drop[1])
+
+    def _in_one_call(self, stream: Stream, compute: torch.dtype, drop: Tensor | None) -> Stream | None:
+        """The same by one kernel; None where there is none, or where somebody looks at or exchanged a part of it."""
+        if self.checkpointing == "operations" or not _is_plain(self):
+            return None
+        modules = (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
+        parameters = Parameters(*(p for module in modules for p in (module.weight, module.bias)))
+        if not in_one_call(stream.x, stream.branch, parameters, self.attn.heads, compute):
+            return None
+        first, second = (None, None) if drop is None else drop
+        x, branch = pre_norm_block(
+            stream.x, stream.branch, parameters, self.attn.heads, factor=stream.factor, drop=first, eps=self.norm1.eps
+        )
+        return Stream(x, branch, second)
+
+
+def _is_plain(block: Block) -> bool:
+    """Is every part what it was made as, with all its parameters and nobody's hook?"""
+    if _has_any_global_hook():
+        return False
+    attn, mlp = block.attn, block.mlp
+    parts = (attn, mlp, block.ls1, block.ls2, block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+    for part, kind in zip(parts, _KINDS, strict=True):
+        state = vars(part)
+        if type(part) is not kind or "forward" in state or any(state[hooks] for hooks in _HOOKS):
+            return False
+        if any(parameter is None for parameter in state["_parameters"].values()):
+            return False
+    return True
+
+
+_KINDS = (Attention, Mlp, nn.Identity, nn.Identity, Norm, Linear, Linear, Norm, Linear, Linear)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class DropPath(nn.Module):

@@ -22,12 +22,13 @@ from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.kernels.backends import attend
 from cohobate.kernels.transformer import add_norm, add_norm_fp8
+from cohobate.kernels.transformer.block import packed_block, packed_in_one_call
 from cohobate.models import Precision, VisionTransformer
 from cohobate.models.positions import bias_of_patches, bias_of_queries
 from cohobate.models.vit import embed_tokens
 from cohobate.teacher.anatomy import Affine, Anatomy, BlockWeights
 from cohobate.teacher.graphs import Replays, replayable
-from cohobate.teacher.product import Product, moved
+from cohobate.teacher.product import GELU, Product, moved
 from cohobate.teacher.sources import own
 from cohobate.teacher.targets import check_finite, target_layers
 
@@ -56,6 +57,18 @@ class Layer:
             width = self.qkv.weight.shape[1]
             self._split = self.qkv.part(0, width), self.qkv.part(width, 3 * width)
         return self._split
+
+    def in_one_call(
+        self, x: Tensor, branch: Tensor | None, heads: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The stream with ``branch`` added, the stream behind the block, its branch; None where no kernel is for it."""
+        products = (self.qkv, self.proj, self.fc1, self.fc2)
+        if any(type(product) is not Product for product in products) or self.fc1.activation not in GELU:
+            return None
+        packed = [product.packed(x) for product in products]
+        if not packed_in_one_call(packed, x, branch, heads):
+            return None
+        return packed_block(x, branch, packed, heads, eps)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Every weight to where ``fn`` puts it."""
@@ -200,8 +213,15 @@ class FrozenTeacher(nn.Module):
         branch: Tensor | None = None
         for number, block in enumerate(self._blocks, start=1):
             last = number == self.depth
+            seen = number - 1 in layers and number > 1
+            apart = bias is not None or (last and queries is not None)
+            streams = None if apart else block.in_one_call(x, branch, self.heads, self.eps)
+            if streams is not None:
+                found += streams[:1] * seen
+                x, branch = streams[1:]
+                continue
             x, normed = self._add_norm(x, branch, block.qkv_scale)
-            if number - 1 in layers and number > 1:
+            if seen:
                 found.append(x)
             if last and queries is not None:
                 q, kv = block.split()

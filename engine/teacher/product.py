@@ -13,7 +13,7 @@ from cohobate.kernels.transformer.activation import bias_gelu
 from cohobate.kernels.transformer.linear import PackedLinear, is_fast
 from cohobate.teacher.anatomy import ACTIVATIONS
 
-_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> torch's word for the formula
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> torch's word for the formula
 
 
 class Product:
@@ -41,15 +41,22 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, n, in] -> [B, n, out], or half of that behind a gated activation."""
-        if _can_pack(x):
-            if self._packed is None:
-                self._packed = _pack(self.weight, self.bias, self.activation if self.activation in _GELU else None, x)
-            out = self._packed(x)
-            return out if self.activation is None or self.activation in _GELU else ACTIVATIONS[self.activation](out)
-        if self.activation in _GELU and self.bias is not None:
-            return bias_gelu(F.linear(x, self.weight), self.bias, approximate=_GELU[self.activation])
+        packed = self.packed(x)
+        if packed is not None:
+            out = packed(x)
+            return out if self.activation is None or self.activation in GELU else ACTIVATIONS[self.activation](out)
+        if self.activation in GELU and self.bias is not None:
+            return bias_gelu(F.linear(x, self.weight), self.bias, approximate=GELU[self.activation])
         out = F.linear(x, self.weight, self.bias)
         return out if self.activation is None else ACTIVATIONS[self.activation](out)
+
+    def packed(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The same by a kernel that has the weight laid out, for inputs of x's rows; None where there is none."""
+        if self.weight.dtype != torch.bfloat16 or not _can_pack(x):
+            return None
+        if self._packed is None:
+            self._packed = _pack(self.weight, self.bias, self.activation if self.activation in GELU else None, x)
+        return self._packed
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Weight and bias to where ``fn`` puts them."""
@@ -59,8 +66,7 @@ class Product:
 
 def _can_pack(x: Tensor) -> bool:
     return (
-        x.dtype == torch.bfloat16
-        and type(x) is Tensor  # not a fake one, that has a shape alone
+        type(x) is Tensor  # not a fake one, that has a shape alone
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and (is_fast() or (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")))
@@ -72,7 +78,7 @@ def _pack(weight: Tensor, bias: Tensor | None, activation: str | None, x: Tensor
         return PackedLinear(weight, bias, activation)
     ops: Any = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight.contiguous(), x.numel() // x.shape[-1])
-    kind: tuple[str, list[Any], str] = ("none", [], "") if activation is None else ("gelu", [], _GELU[activation])
+    kind: tuple[str, list[Any], str] = ("none", [], "") if activation is None else ("gelu", [], GELU[activation])
     return lambda x: ops._linear_pointwise(x, packed, bias, *kind)
 
 

@@ -24,6 +24,7 @@ the number of threads or of rows, so a row of the output depends on its own inpu
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -165,6 +166,23 @@ _backward_op = define(
     fake=_gradients,
     native=_backward_native,
 )
+
+
+def _forward_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * int(weight[0])
+
+
+def _backward_flops(grad: Any, x: Any, weight: Any, wants_x: bool, wants_weight: bool, *_: Any, **__: Any) -> int:
+    return (wants_x + wants_weight) * _forward_flops(x, weight)
+
+
+try:
+    from torch.utils.flop_counter import register_flop_formula
+except (AttributeError, OSError, RuntimeError):  # it imports Triton; a broken one raises any of these
+    pass
+else:
+    register_flop_formula(torch.ops.cohobate.linear)(_forward_flops)
+    register_flop_formula(torch.ops.cohobate.linear_backward)(_backward_flops)
 
 
 class _Linear(torch.autograd.Function):

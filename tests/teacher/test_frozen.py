@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from cohobate import TokenGrid, kernels, models
 from cohobate.errors import UserError
+from cohobate.kernels.transformer.linear import is_fast
 from cohobate.models import Precision, VisionTransformer
 from cohobate.models.pixels import normalise
-from cohobate.teacher import FrozenTeacher, from_student
+from cohobate.teacher import FrozenTeacher, from_student, frozen
 from cohobate.teacher.anatomy import Affine, Anatomy, BlockWeights
 
 FP32 = Precision(torch.float32, torch.float32)
@@ -251,6 +253,27 @@ def test_bf16_is_at_most_twice_as_wrong_as_the_eager_module(residual: torch.dtyp
     for ours, theirs, right in zip(got, eager, exact, strict=True):
         assert ours.dtype == residual
         assert 1e-4 < relative(ours, right) <= 2 * relative(theirs, right)
+
+
+@pytest.mark.skipif(not is_fast(), reason="no packed products here")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [(3,), (1, 2, 3), (0, 2)])
+def test_a_block_in_one_call_is_its_parts(activation: str, residual: torch.dtype, layers: tuple[int, ...]) -> None:
+    """To the last bit, in every layer, whether or not the last block computes some rows alone."""
+    teacher = FrozenTeacher(anatomy_of(activation), layers, precision=Precision(torch.bfloat16, residual))
+    with mock.patch.object(frozen, "packed_block", wraps=frozen.packed_block) as spy:
+        for queries, blocks in (
+            (None, layers[-1]),
+            (torch.tensor([[0, 4], [1, 5]], dtype=torch.int32), layers[-1] - 1),
+        ):
+            spy.reset_mock()
+            whole = teacher(pixels_of(), queries=queries)
+            assert spy.call_count == blocks
+            with kernels.use_backend("reference", "pre_norm_block"):
+                parts = teacher(pixels_of(), queries=queries)
+            assert spy.call_count == blocks
+            assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True)) and len(whole) == len(layers)
 
 
 def test_a_copy_that_shares_nothing_and_leaves_no_trace() -> None:
