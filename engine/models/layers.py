@@ -19,7 +19,7 @@ from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.kernels.backends import attend
 from cohobate.kernels.transformer import add_norm, bias_gelu, linear
-from cohobate.kernels.transformer.block import Parameters, in_one_call, pre_norm_block
+from cohobate.kernels.transformer.block import Parameters, in_one_call
 from cohobate.models.positions import bias_of_queries
 
 NORM_EPS = 1e-6
@@ -245,32 +245,33 @@ class Block(nn.Module):
 
     def _in_one_call(self, stream: Stream, compute: torch.dtype, drop: Tensor | None) -> Stream | None:
         """The same by one kernel; None where there is none, or where somebody looks at or exchanged a part of it."""
-        if self.checkpointing == "operations" or not _is_plain(self):
-            return None
-        modules = (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
-        parameters = Parameters(*(p for module in modules for p in (module.weight, module.bias)))
-        if not in_one_call(stream.x, stream.branch, parameters, self.attn.heads, compute):
+        parameters = None if self.checkpointing == "operations" else _plain_parameters(self)
+        if parameters is None:
             return None
         first, second = (None, None) if drop is None else drop
-        x, branch = pre_norm_block(
-            stream.x, stream.branch, parameters, self.attn.heads, factor=stream.factor, drop=first, eps=self.norm1.eps
-        )
-        return Stream(x, branch, second)
+        found = in_one_call(
+            stream.x, stream.branch, parameters, self.attn.heads, factor=stream.factor, drop=first, eps=self.norm1.eps,
+            compute=compute,
+        )  # fmt: skip
+        return None if found is None else Stream(*found, second)
 
 
-def _is_plain(block: Block) -> bool:
-    """Is every part what it was made as, with all its parameters and nobody's hook?"""
+def _plain_parameters(block: Block) -> Parameters | None:
+    """Of all parts; None unless each is what it was made as, with its biases and without a hook."""
     if _has_any_global_hook():
-        return False
+        return None
     attn, mlp = block.attn, block.mlp
     parts = (attn, mlp, block.ls1, block.ls2, block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+    found: list[Tensor | None] = []
     for part, kind in zip(parts, _KINDS, strict=True):
         state = vars(part)
         if type(part) is not kind or "forward" in state or any(state[hooks] for hooks in _HOOKS):
-            return False
-        if any(parameter is None for parameter in state["_parameters"].values()):
-            return False
-    return True
+            return None
+        own = state["_parameters"]
+        found += [own.get("weight"), own.get("bias")] * (kind in (Norm, Linear))
+    if any(p is None for p in found) or block.norm1.eps != block.norm2.eps:
+        return None
+    return Parameters(*cast(list[Tensor], found))
 
 
 _KINDS = (Attention, Mlp, nn.Identity, nn.Identity, Norm, Linear, Linear, Norm, Linear, Linear)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from cohobate.errors import UserError
 from cohobate.kernels import tokens
 from cohobate.kernels.backends import attend
 from cohobate.kernels.transformer import add_norm, add_norm_fp8
-from cohobate.kernels.transformer.block import packed_block, packed_in_one_call
+from cohobate.kernels.transformer.block import Products, packed_blocks, packed_in_one_call
 from cohobate.models import Precision, VisionTransformer
 from cohobate.models.positions import bias_of_patches, bias_of_queries
 from cohobate.models.vit import embed_tokens
@@ -58,17 +58,13 @@ class Layer:
             self._split = self.qkv.part(0, width), self.qkv.part(width, 3 * width)
         return self._split
 
-    def in_one_call(
-        self, x: Tensor, branch: Tensor | None, heads: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The stream with ``branch`` added, the stream behind the block, its branch; None where no kernel is for it."""
+    def packed(self, x: Tensor, branch: Tensor | None, heads: int) -> Products | None:
+        """Its products for :func:`packed_blocks`; None where that is not for such a call."""
         products = (self.qkv, self.proj, self.fc1, self.fc2)
         if any(type(product) is not Product for product in products) or self.fc1.activation not in GELU:
             return None
         packed = [product.packed(x) for product in products]
-        if not packed_in_one_call(packed, x, branch, heads):
-            return None
-        return packed_block(x, branch, packed, heads, eps)
+        return cast(Products, packed) if packed_in_one_call(x, branch, packed, heads) else None
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Every weight to where ``fn`` puts it."""
@@ -211,15 +207,16 @@ class FrozenTeacher(nn.Module):
             bias = bias_of_patches(bias, rows, self.prefix)
         found = [x] if layers[0] == 0 else []
         branch: Tensor | None = None
-        for number, block in enumerate(self._blocks, start=1):
-            last = number == self.depth
-            seen = number - 1 in layers and number > 1
-            apart = bias is not None or (last and queries is not None)
-            streams = None if apart else block.in_one_call(x, branch, self.heads, self.eps)
-            if streams is not None:
-                found += streams[:1] * seen
-                x, branch = streams[1:]
+        number = 1
+        while number <= self.depth:
+            seen = number - 1 in layers and number > 1  # the stream in front of this block is asked for
+            run = [] if bias is not None else self._in_one_call(number, x, branch, layers, queries is not None)
+            if run:
+                first, x, branch = packed_blocks(x, branch, run, self.heads, self.eps, wants_first=seen)
+                found += [first] if first is not None else []
+                number += len(run)
                 continue
+            block, last = self._blocks[number - 1], number == self.depth
             x, normed = self._add_norm(x, branch, block.qkv_scale)
             if seen:
                 found.append(x)
@@ -232,12 +229,25 @@ class FrozenTeacher(nn.Module):
                 heads = attend(block.qkv(normed), self.heads, bias=bias)
             x, normed = self._add_norm(x, block.proj(heads), block.fc1_scale)
             branch = block.fc2(block.fc1(normed))
+            number += 1
         if branch is not None:
             found.append((x + branch).to(x.dtype))
         if queries is None:
             return found
         whole = len(found) if self.depth == 0 else len(found) - 1
         return [tokens.take(x, queries) for x in found[:whole]] + found[whole:]
+
+    def _in_one_call(
+        self, start: int, x: Tensor, branch: Tensor | None, layers: Sequence[int], pruned: bool
+    ) -> list[Products]:
+        """Blocks from number ``start`` on that one call computes: nothing is read between them."""
+        run: list[Products] = []
+        for number in range(start, self.depth + (not pruned)):  # a pruned last block stands apart
+            packed = self._blocks[number - 1].packed(x, branch, self.heads)
+            if packed is None or (run and number - 1 in layers):
+                break
+            run.append(packed)
+        return run
 
     def _add_norm(self, x: Tensor, branch: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
         if scale is not None:

@@ -229,40 +229,37 @@ void block_backward(const std::optional<Tensor>& grad_sum, const Tensor& grad_ou
                 dx.mutable_data_ptr(), dbranch ? write<bf16>(*dbranch) : nullptr, dnorm1);
 }
 
-struct Packed {
-  const uint32_t* weight;
-  const bf16* bias;
-  int64_t inputs, outputs;
-
-  void forward(const bf16* x, avx512bf16::Activation activation, bf16* out, int64_t rows) const {
-    Named named("cohobate::linear");
-    avx512bf16::linear_packed(x, weight, bias, activation, out, rows, inputs, outputs);
-  }
-};
-
-// weights: qkv, proj, fc1, fc2 as linear_pack lays them out; the norms' own parameters are inside.
-void block_packed(const Tensor& x, const std::optional<Tensor>& branch, const Tensors& weights, const Tensors& biases,
-                  int64_t activation, int64_t heads, double eps, std::optional<Tensor> first, Tensor scratch, Tensor sum,
-                  Tensor out) {
+// Several blocks; weights: qkv, proj, fc1, fc2 of each as linear_pack lays them out, the norms' own parameters inside. `first`
+// (may be absent): the stream with `branch` added. The stream lies in `sum` and the branch in `out` from block to block.
+void blocks_packed(const Tensor& x, const std::optional<Tensor>& branch, const Tensors& weights, const Tensors& biases,
+                   int64_t activation, int64_t heads, double eps, std::optional<Tensor> first, Tensor scratch, Tensor sum,
+                   Tensor out) {
   const Sizes s = sizes_of(x, biases[2].size(0), heads);
   const int64_t rows = s.rows();
-  const auto product = [&](int i, int64_t inputs, int64_t outputs) {
-    return Packed{read<uint32_t>(weights[i]), read<bf16>(biases[i]), inputs, outputs};
-  };
+  const Dtype dtype = dtype_of(x);
+  const auto none = avx512bf16::Activation::none;
   Parts space(scratch);
   float* stats = space.take<float>(2 * rows);
   bf16 *narrow = space.take<bf16>(rows * s.width), *wide = space.take<bf16>(rows * std::max(s.hidden, 3 * s.width));
-  bf16* branch1 = write<bf16>(out);  // until fc2 writes it
-  const void* x1 = first ? first->const_data_ptr() : x.const_data_ptr();
-  const auto none = avx512bf16::Activation::none;
-  norm(s, {x.const_data_ptr(), dtype_of(x), branch ? read<bf16>(*branch) : nullptr, nullptr}, {}, eps,
-       first ? first->mutable_data_ptr() : nullptr, narrow, stats);
-  product(0, s.width, 3 * s.width).forward(narrow, none, wide, rows);
-  attend(s, wide, narrow);
-  product(1, s.width, s.width).forward(narrow, none, branch1, rows);
-  norm(s, {x1, dtype_of(x), branch1, nullptr}, {}, eps, sum.mutable_data_ptr(), narrow, stats);
-  product(2, s.width, s.hidden).forward(narrow, static_cast<avx512bf16::Activation>(activation), wide, rows);
-  product(3, s.hidden, s.width).forward(wide, none, write<bf16>(out), rows);
+  const void* stream = x.const_data_ptr();
+  const bf16* added = branch ? read<bf16>(*branch) : nullptr;
+  void* summed = (first ? *first : sum).mutable_data_ptr();
+  for (size_t i = 0; i < weights.size(); i += 4) {
+    const auto product = [&](int j, const bf16* from, avx512bf16::Activation act, bf16* to, int64_t inputs, int64_t outputs) {
+      Named named("cohobate::linear");
+      avx512bf16::linear_packed(from, read<uint32_t>(weights[i + j]), read<bf16>(biases[i + j]), act, to, rows, inputs, outputs);
+    };
+    norm(s, {stream, dtype, added, nullptr}, {}, eps, summed, narrow, stats);
+    if (added) stream = summed;
+    product(0, narrow, none, wide, s.width, 3 * s.width);
+    attend(s, wide, narrow);
+    product(1, narrow, none, write<bf16>(out), s.width, s.width);
+    norm(s, {stream, dtype, read<bf16>(out), nullptr}, {}, eps, sum.mutable_data_ptr(), narrow, stats);
+    product(2, narrow, static_cast<avx512bf16::Activation>(activation), wide, s.width, s.hidden);
+    product(3, wide, none, write<bf16>(out), s.hidden, s.width);
+    stream = summed = sum.mutable_data_ptr();
+    added = read<bf16>(out);
+  }
 }
 
 #endif
@@ -279,7 +276,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cohobate_native, m) {
       "Tensor? factor, Tensor? drop, int heads, int chunk, Tensor(a!) scratch, Tensor(b!) dx, Tensor(c!)? dbranch, "
       "Tensor(d!)[] gradients) -> ()");
   m.def(
-      "block_packed(Tensor x, Tensor? branch, Tensor[] weights, Tensor[] biases, int activation, int heads, float eps, "
+      "blocks_packed(Tensor x, Tensor? branch, Tensor[] weights, Tensor[] biases, int activation, int heads, float eps, "
       "Tensor(a!)? first, Tensor(b!) scratch, Tensor(c!) sum, Tensor(d!) out) -> ()");
 }
 
@@ -287,6 +284,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cohobate_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(cohobate_native, CPU, m) {
   m.impl("block", TORCH_BOX(&cohobate::block));
   m.impl("block_backward", TORCH_BOX(&cohobate::block_backward));
-  m.impl("block_packed", TORCH_BOX(&cohobate::block_packed));
+  m.impl("blocks_packed", TORCH_BOX(&cohobate::blocks_packed));
 }
 #endif

@@ -1,4 +1,4 @@
-"""Transformer pieces for teachers and students: add + LayerNorm, bias + GELU, float8, attention, linear layers, and a block of them."""
+"""Transformer pieces for teachers and students: add + LayerNorm, bias + GELU, float8, attention, linear, a block."""
 
 from cohobate.kernels.transformer.activation import bias_gelu, bias_gelu_fp8
 from cohobate.kernels.transformer.add_norm import add_norm, add_norm_fp8

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ from cohobate.kernels.transformer.linear import PackedLinear, linear_cost, linea
 
 PARTS = ("pre_norm_block", "add_norm", "linear", "short_attention", "bias_gelu")
 MATRICES, VECTORS = (2, 4, 8, 10), (0, 1, 3, 5, 6, 7, 9, 11)  # places in Parameters
+
+
+Products = Sequence[PackedLinear]  # qkv, proj, fc1, fc2
 
 
 class Parameters(NamedTuple):
@@ -151,29 +154,30 @@ def _backward_native(
     return dx, dbranch, [*matrices, vectors]
 
 
-def packed_block(
-    x: Tensor, branch: Tensor | None, products: Sequence[PackedLinear], heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`pre_norm_block` of a frozen network: no parameters in its norms, and products that were packed before.
+def packed_blocks(
+    x: Tensor, branch: Tensor | None, blocks: Sequence[Products], heads: int, eps: float, *, wants_first: bool = False
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """:func:`pre_norm_block` of a frozen network, several times: no parameters in the norms, products packed before.
 
     Args:
         x: [B, N, D] fp32 or bf16. branch: [B, N, D] bf16 or None.
-        products: qkv, proj, fc1 and fc2, each with a bias, fc1 with the activation.
+        blocks: qkv, proj, fc1 and fc2 of each, every one with a bias, fc1 with the activation.
 
     Returns:
-        s1, s and out, [B, N, D] each; no gradient.
+        s1 of the first block (None where it is not wanted), s and out of the last, [B, N, D] each; no gradient.
     """
-    qkv, _, fc1, _ = products
+    qkv, _, fc1, _ = blocks[0]
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
-    first = None if branch is None else recycled(x.shape, x.dtype)
+    first = recycled(x.shape, x.dtype) if wants_first and branch is not None else None
     # Two statistics in fp32, a norm's result, and the larger one of qkv and the MLP's inside.
     scratch = recycled((x.shape[0] * x.shape[1], 4 + qkv.inputs + max(qkv.outputs, fc1.outputs)), torch.bfloat16)
     total, out = recycled(x.shape, x.dtype), recycled(x.shape, torch.bfloat16)
+    products = [product for block in blocks for product in block]
     weights, biases = [product.packed for product in products], [product.bias for product in products]
-    torch.ops.cohobate_native.block_packed.default(
+    torch.ops.cohobate_native.blocks_packed.default(
         x, branch, weights, biases, fc1.activation, heads, eps, first, scratch, total, out
     )
-    return x if first is None else first, total, out
+    return (x if wants_first and branch is None else first), total, out
 
 
 # ---------------------------------------------------------------------------------------------------- registration
@@ -250,11 +254,13 @@ class _Block(torch.autograd.Function):
             None if grad_sum is None else grad_sum.contiguous(), grad_out.contiguous(), first, total, kept, parameters,
             factor, drop, ctx.heads, ctx.added, ctx.impl,
         )  # fmt: skip
-        *matrices, vectors = found
-        gradients = dict(zip(MATRICES, matrices, strict=True))
-        gradients |= zip(VECTORS, vectors.split([parameters[i].shape[0] for i in VECTORS]), strict=True)
-        ordered = [gradients[i] for i in range(len(parameters))]
-        return dx, dbranch if ctx.added else None, None, None, None, None, None, *ordered
+        qkv, proj, fc1, fc2, vectors = found
+        (hidden, d) = fc1.shape
+        scale1, shift1, dqkv, dproj, scale2, shift2, dfc1, dfc2 = vectors.split((d, d, 3 * d, d, d, d, hidden, d))
+        return (
+            dx, dbranch if ctx.added else None, None, None, None, None, None,
+            scale1, shift1, qkv, dqkv, proj, dproj, scale2, shift2, fc1, dfc1, fc2, dfc2,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- public
@@ -293,47 +299,68 @@ def pre_norm_block(
     impl = choose("pre_norm_block", x, backend, **_facts(x, parameters, heads))
     if impl == "reference":
         return pre_norm_block_reference(x, branch, parameters, heads, factor=factor, drop=drop, eps=eps)
-    found = (t if t is None else t.contiguous() for t in (x, branch, factor, drop))
+    return _run(x, branch, parameters, heads, factor, drop, float(eps), impl)
+
+
+def _run(
+    x: Tensor,
+    branch: Tensor | None,
+    parameters: Parameters,
+    heads: int,
+    factor: Tensor | None,
+    drop: Tensor | None,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    given = [t if t is None else t.contiguous() for t in (x, branch, factor, drop)]
     weights = [t.contiguous() for t in parameters]
     if torch.is_grad_enabled():
-        total, out = _Block.apply(*found, heads, float(eps), impl, *weights)
+        total, out = _Block.apply(*given, heads, eps, impl, *weights)
     else:
-        _, _, total, out = _forward_op(*found, weights, heads, float(eps), impl)
+        _, _, total, out = _forward_op(*given, weights, heads, eps, impl)
     return total, out
 
 
-def in_one_call(x: Tensor, branch: Tensor | None, parameters: Parameters, heads: int, compute: torch.dtype) -> bool:
-    """Does :func:`pre_norm_block` compute what its parts would, and faster?
+def in_one_call(
+    x: Tensor,
+    branch: Tensor | None,
+    parameters: Parameters,
+    heads: int,
+    *,
+    factor: Tensor | None = None,
+    drop: Tensor | None = None,
+    eps: float,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`pre_norm_block` where it computes what its parts would, and faster; None elsewhere.
 
     It does where ``native`` serves it, nothing asks for another backend of one of its parts, and all parameters or none
-    want a gradient.
+    want a gradient. The arguments must fit.
     """
     grad = torch.is_grad_enabled()
     if not _fits(x, branch, compute) or (grad and not all(p.requires_grad for p in parameters)):
+        return None
+    facts = _facts(x, parameters, heads)
+    if not _serves(PARTS, grad, x.shape[1], *facts.values(), registry.asked(), attention_table.asked()):
+        return None
+    return _run(x, branch, parameters, heads, factor, drop, eps, "native")
+
+
+def packed_in_one_call(x: Tensor, branch: Tensor | None, products: Sequence[object], heads: int) -> bool:
+    """Is :func:`packed_blocks` for this block? Packed products stay what they are, whatever is asked of ``linear``."""
+    if not all(type(product) is PackedLinear and product.bias is not None for product in products):
         return False
-    return _serves(PARTS, grad, x.shape[1], *_facts(x, parameters, heads).values(), *_asked())
-
-
-def packed_in_one_call(
-    products: Sequence[object], x: Tensor, branch: Tensor | None, heads: int
-) -> TypeGuard[Sequence[PackedLinear]]:
-    """The same of :func:`packed_block`. Packed products stay what they are, whatever backend is asked of ``linear``."""
-    if not _fits(x, branch, torch.bfloat16) or not all(
-        type(p) is PackedLinear and p.bias is not None for p in products
-    ):
+    if not _fits(x, branch, torch.bfloat16):
         return False
     width, hidden = x.shape[2], cast(PackedLinear, products[2]).outputs
     parts = tuple(name for name in PARTS if name not in ("linear", "bias_gelu"))
-    return _serves(parts, False, x.shape[1], x.dtype, frozenset(), heads, width, hidden, *_asked())
+    asked = registry.asked(), attention_table.asked()
+    return _serves(parts, False, x.shape[1], x.dtype, frozenset(), heads, width, hidden, *asked)
 
 
 def _fits(x: Tensor, branch: Tensor | None, compute: torch.dtype) -> bool:
     half = compute == torch.bfloat16 and (branch is None or branch.dtype == compute)
     return half and type(x) is Tensor and x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
-
-
-def _asked() -> tuple[str | None, str | None]:
-    return registry.asked(), attention_table.asked()
 
 
 @functools.cache

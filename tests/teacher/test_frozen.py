@@ -259,20 +259,19 @@ def test_bf16_is_at_most_twice_as_wrong_as_the_eager_module(residual: torch.dtyp
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [(3,), (1, 2, 3), (0, 2)])
-def test_a_block_in_one_call_is_its_parts(activation: str, residual: torch.dtype, layers: tuple[int, ...]) -> None:
+def test_blocks_in_one_call_are_their_parts(activation: str, residual: torch.dtype, layers: tuple[int, ...]) -> None:
     """To the last bit, in every layer, whether or not the last block computes some rows alone."""
     teacher = FrozenTeacher(anatomy_of(activation), layers, precision=Precision(torch.bfloat16, residual))
-    with mock.patch.object(frozen, "packed_block", wraps=frozen.packed_block) as spy:
-        for queries, blocks in (
-            (None, layers[-1]),
-            (torch.tensor([[0, 4], [1, 5]], dtype=torch.int32), layers[-1] - 1),
-        ):
+    pruned = torch.tensor([[0, 4], [1, 5]], dtype=torch.int32)
+    with mock.patch.object(frozen, "packed_blocks", wraps=frozen.packed_blocks) as spy:
+        for queries, blocks in ((None, layers[-1]), (pruned, layers[-1] - 1)):
             spy.reset_mock()
             whole = teacher(pixels_of(), queries=queries)
-            assert spy.call_count == blocks
+            runs = [len(call.args[2]) for call in spy.call_args_list]
+            assert sum(runs) == blocks and len(runs) == len([n for n in layers if 0 < n < blocks]) + (blocks > 0)
             with kernels.use_backend("reference", "pre_norm_block"):
                 parts = teacher(pixels_of(), queries=queries)
-            assert spy.call_count == blocks
+            assert spy.call_count == len(runs)
             assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True)) and len(whole) == len(layers)
 
 

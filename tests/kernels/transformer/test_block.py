@@ -210,13 +210,12 @@ def test_a_backend_asked_of_a_part_is_used(op: str) -> None:
 def test_where_it_is_not_for_the_call_the_parts_run() -> None:
     block, given = made(), inputs((2, 9, 64), torch.float32, False, False)
     p, x = parameters_of(block), given["x"]
-    assert in_one_call(x, None, p, 2, HALF)
-    assert not in_one_call(x, None, p, 2, torch.float32)
-    assert not in_one_call(x.double(), None, p, 2, HALF)
-    assert not in_one_call(x[:0], None, p, 2, HALF)
-    assert not in_one_call(x, x, p, 2, HALF)  # a branch in another dtype
-    assert not in_one_call(x, None, Parameters(*(t.bfloat16() for t in p)), 2, HALF)
-    assert not in_one_call(x.to("meta"), None, p, 2, HALF)
+    assert in_one_call(x, None, p, 2, eps=1e-6, compute=HALF) is not None
+    assert in_one_call(x, None, p, 2, eps=1e-6, compute=torch.float32) is None
+    for other in (x.double(), x[:0], x.to("meta")):
+        assert in_one_call(other, None, p, 2, eps=1e-6, compute=HALF) is None
+    assert in_one_call(x, x, p, 2, eps=1e-6, compute=HALF) is None  # a branch in another dtype
+    assert in_one_call(x, None, Parameters(*(t.bfloat16() for t in p)), 2, eps=1e-6, compute=HALF) is None
     queries = torch.zeros(2, 3, dtype=torch.int32)
     assert block(Stream(x), HALF, queries=queries).x.shape == (2, 3, 64)
     scaled = Block(64, 2, layer_scale=0.1)
