@@ -31,12 +31,13 @@ from cohobate.kernels.tokens.rows import rows_cost
 from cohobate.kernels.transformer.activation import bias_gelu_cost
 from cohobate.kernels.transformer.add_norm import add_norm_cost
 from cohobate.kernels.transformer.attention import attention_cost
+from cohobate.kernels.transformer.block import Parameters, pre_norm_block_cost
 from cohobate.kernels.transformer.fp8 import quantise_cost
 from cohobate.kernels.transformer.linear import linear, linear_cost
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Arguments that stay fp32 when the data is half precision.
-EXACT = ("mean", "std", "mask", "residual", "fp32_weight", "fp32_bias")
+EXACT = ("mean", "std", "mask", "residual")
 WIDTHS = {"vit-tiny": 192, "vit-s": 384, "vit-b": 768, "vit-l": 1024}
 MODES = ("fwd", "fwd+bwd")
 
@@ -106,7 +107,8 @@ class Call:
                 return dtype
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            return value if name in EXACT and dtype is not torch.float64 else value.to(dtype)
+            exact = name in EXACT or name.startswith("fp32_")
+            return value if exact and dtype is not torch.float64 else value.to(dtype)
 
         return Call(self.function, {name: convert(name, value) for name, value in self.arguments.items()})
 
@@ -117,7 +119,7 @@ class KernelCase:
 
     ``to_ours`` maps the literal's gradient of a leaf to our layout. ``cost(mode, itemsize)`` is the floor of one call.
     ``others`` are further functions of the literal's arguments; ``dtypes`` are those that the op has, ``fast`` those
-    that our fast form takes. ``tolerance`` is what a result may be off by; None for what its dtype allows.
+    that our fast form takes. ``tolerance`` is what a result in a dtype may be off by, where it is not the dtype's own.
     """
 
     name: str
@@ -132,7 +134,7 @@ class KernelCase:
     others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     fast: tuple[str, ...] = ("fp32", "bf16", "fp16", "int32")
-    tolerance: float | None = None
+    tolerance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -218,7 +220,7 @@ def providers(
         found.append(
             Provider(
                 full, mode, run, role=role, dtype=dtype, results=results, cost=cost, copies=copies,
-                tolerance=kernel.tolerance,
+                tolerance=kernel.tolerance.get(dtype),
             )
         )  # fmt: skip
 
@@ -687,6 +689,36 @@ def _linear(s: Sizes, random: _Random) -> KernelCase:
     )
 
 
+def _pre_norm_block(s: Sizes, random: _Random) -> KernelCase:
+    rows, w, hidden = 1 + s.visible, s.width, 4 * s.width
+    heads = max(1, w // 64)
+    tensors: dict[str, Any] = {"residual": random.floats(s.batch, rows, w), "dtype": torch.bfloat16}
+    for part, inputs, outputs in (
+        ("norm1", 0, w), ("qkv", w, 3 * w), ("proj", w, w), ("norm2", 0, w), ("fc1", w, hidden), ("fc2", hidden, w)
+    ):  # fmt: skip
+        weight = random.floats(outputs, inputs, scale=inputs**-0.5) if inputs else 1 + random.floats(w, scale=0.125)
+        tensors |= {f"fp32_{part}_weight": weight, f"fp32_{part}_bias": random.floats(outputs, scale=0.125)}
+
+    def ours(residual: Tensor, dtype: torch.dtype, *parameters: Tensor, backend: str) -> Tensor:
+        p = Parameters(*parameters)
+        return transformer.pre_norm_block(residual, None, p, heads, dtype=dtype, backend=backend)[1]
+
+    sizes = (s.batch, rows, w, hidden, heads, 4)
+    facts = {"x": torch.float32, "branch": torch.bfloat16, "parameters": frozenset()}
+    facts |= {"heads": heads, "width": w, "hidden": hidden}
+    return KernelCase(
+        "pre_norm_block",
+        f"{s.batch} x {rows} rows, width {w}, fp32 residual and weights",
+        Call(functools.partial(literal.pre_norm_block, heads), tensors),
+        Call(ours, tensors),
+        lambda mode, size: _both(mode, pre_norm_block_cost(*sizes), pre_norm_block_cost(*sizes, backward=True)),
+        leaves=("residual", *(name for name in tensors if name.startswith("fp32_"))),
+        upstream=random.floats(s.batch, rows, w),
+        tolerance={"bf16": 0.03},  # ten roundings of 2^-9, one behind the other
+        fast=() if random.device != "cpu" or why_not("pre_norm_block", "native", "cpu", **facts) else ("bf16",),
+    )
+
+
 def _adamw(s: Sizes, random: _Random) -> KernelCase:
     w = s.width
     block = [3 * w * w, 3 * w, w * w, w, 4 * w * w, 4 * w, 4 * w * w, w, *[w] * 4]
@@ -730,7 +762,7 @@ def _adamw(s: Sizes, random: _Random) -> KernelCase:
         lambda mode, size: norm_and_update,
         others={"torch fused": functools.partial(literal.adamw_fused, sizes)},
         dtypes=("fp32",),
-        tolerance=1e-4,  # torch's fp32 norm on a CPU, which it clips by, is off by some 4e-5
+        tolerance={"fp32": 1e-4},  # torch's fp32 norm on a CPU, which it clips by, is off by some 4e-5
     )
 
 
@@ -764,5 +796,8 @@ MORE: dict[str, Callable[[Sizes, _Random], KernelCase]] = {
 }
 """The forms that AMD, VideoMAE and a teacher in fp8 use; tested like the rest, benchmarked when asked for by name."""
 
-SOMEWHERE: dict[str, Callable[[Sizes, _Random], KernelCase]] = {"linear": _linear}
+SOMEWHERE: dict[str, Callable[[Sizes, _Random], KernelCase]] = {
+    "linear": _linear,
+    "pre_norm_block": _pre_norm_block,
+}
 """Ops whose fast form takes one dtype and exists on some processors only; benchmarked when asked for by name."""

@@ -181,6 +181,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
+def pre_norm_block(heads: int, residual: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+    """The MLP's branch [B, N, D] of a transformer block on the stream ``residual``, branches computed in ``dtype``.
+
+    ``parameters``: weight and bias of norm1, qkv, proj, norm2, fc1 and fc2, each cast at every call.
+    """
+    norm1, shift1, qkv, qkv_bias, proj, proj_bias, norm2, shift2, fc1, fc1_bias, fc2, fc2_bias = parameters
+    normed = F.layer_norm(residual, residual.shape[-1:], norm1, shift1, 1e-6).to(dtype)
+    total = residual + linear(attention(linear(normed, qkv, qkv_bias), heads), proj, proj_bias)
+    normed = F.layer_norm(total, total.shape[-1:], norm2, shift2, 1e-6).to(dtype)
+    return linear(F.gelu(linear(normed, fc1, fc1_bias)), fc2, fc2_bias)
+
+
 def quantise_fp8(x: Tensor, scale: float) -> Tensor:
     """Bytes of e4m3(x / scale), saturating: divide, clamp, cast."""
     return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -10,9 +10,9 @@ both.
 | tensor       | shape     | dtype      | strides                 |
 |--------------|-----------|------------|-------------------------|
 | x, s         | [B, N, D] | fp32, bf16 | contiguous (else copied)|
-| branch, out  | [B, N, D] | bf16       | contiguous (else copied)|
+| branch, out  | [B, N, D] | bf16 (any) | contiguous (else copied)|
 | factor, drop | [B]       | fp32       | contiguous (else copied)|
-| parameters   | see Parameters | fp32  | contiguous (else copied)|
+| parameters   | as listed | fp32 (any) | contiguous (else copied)|
 
 ``native`` computes what the ops behind each other compute, to the last bit, and is for the processors of
 :mod:`.linear`. It is faster by what lies between them: after a product, which passes megabytes through the caches, the
@@ -74,16 +74,17 @@ def pre_norm_block_reference(
     factor: Tensor | None = None,
     drop: Tensor | None = None,
     eps: float = 1e-6,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor]:
-    """Reference of :func:`pre_norm_block`, differentiable: the references of its parts, branches in bf16."""
-    p, half = parameters, torch.bfloat16
+    """Reference of :func:`pre_norm_block`, differentiable: the references of its parts behind each other."""
+    p = parameters
     x, normed = add_norm_reference(
-        x, branch, weight=p.norm1_weight, bias=p.norm1_bias, factor=factor, eps=eps, dtype=half
+        x, branch, weight=p.norm1_weight, bias=p.norm1_bias, factor=factor, eps=eps, dtype=dtype
     )
     mixed = short_attention_reference(linear_reference(normed, p.qkv_weight, p.qkv_bias), heads)
     branch = linear_reference(mixed, p.proj_weight, p.proj_bias)
     x, normed = add_norm_reference(
-        x, branch, weight=p.norm2_weight, bias=p.norm2_bias, factor=drop, eps=eps, dtype=half
+        x, branch, weight=p.norm2_weight, bias=p.norm2_bias, factor=drop, eps=eps, dtype=dtype
     )
     hidden = bias_gelu_reference(linear_reference(normed, p.fc1_weight, p.fc1_bias))
     return x, linear_reference(hidden, p.fc2_weight, p.fc2_bias)
@@ -184,12 +185,13 @@ def packed_blocks(
 
 
 def _native_limit(
-    *, x: torch.dtype, parameters: frozenset[torch.dtype], heads: int, width: int, hidden: int
+    *, x: torch.dtype, branch: torch.dtype, parameters: frozenset[torch.dtype], heads: int, width: int, hidden: int
 ) -> list[str]:
     dim = width // heads
     short = {"dtype": torch.bfloat16, "wide": dim > MOST_DIM, "odd": dim % 2 == 1, "long": False}
     return [
         *dtype_reasons("native", NATIVE_DTYPES, (x,)),
+        *dtype_reasons("native", (torch.bfloat16,), (branch,)),
         *dtype_reasons("native", (torch.float32,), sorted(parameters, key=str)),
         *why_not("linear", "native", "cpu", x=torch.bfloat16, weight=torch.float32, even=not (width | hidden) & 1),
         *why_not("short_attention", "native", "cpu", **short),
@@ -275,30 +277,33 @@ def pre_norm_block(
     factor: Tensor | None = None,
     drop: Tensor | None = None,
     eps: float = 1e-6,
+    dtype: torch.dtype = torch.bfloat16,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A pre-norm transformer block; formulas at the top of the module.
 
     Args:
         x: [B, N, D] residual stream, fp32 or bf16 (others: reference).
-        branch: [B, N, D] bf16, what the stream waits for; None: nothing is added.
+        branch: [B, N, D] in ``dtype``, what the stream waits for; None: nothing is added.
         parameters: of the block; their gradients are all computed.
         heads: H, a divisor of D.
         factor, drop: [B] fp32, drop-path factors of ``branch`` and of the attention branch; None for 1. No gradient.
         eps: of the norms.
-        backend: auto (None), reference or native (fp32 parameters, even sizes; for the processors of ``linear``).
+        dtype: of the branches and their products.
+        backend: auto (None), reference or native (bf16 branches, fp32 parameters, even sizes; on processors that
+            :func:`.linear` has it for).
 
     Returns:
-        (s, out), [B, N, D] each: the stream with the attention branch added, in x's dtype, and the MLP's branch, bf16,
-        which is not added yet. Once differentiable.
+        (s, out), [B, N, D] each: the stream with the attention branch added, in x's dtype, and the MLP's branch in
+        ``dtype``, which is not added yet. Once differentiable.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it, what was expected and what came.
     """
-    _check(x, branch, parameters, heads, factor, drop)
-    impl = choose("pre_norm_block", x, backend, **_facts(x, parameters, heads))
+    _check(x, branch, parameters, heads, factor, drop, dtype)
+    impl = choose("pre_norm_block", x, backend, **_facts(x, parameters, heads, dtype))
     if impl == "reference":
-        return pre_norm_block_reference(x, branch, parameters, heads, factor=factor, drop=drop, eps=eps)
+        return pre_norm_block_reference(x, branch, parameters, heads, factor=factor, drop=drop, eps=eps, dtype=dtype)
     return _run(x, branch, parameters, heads, factor, drop, float(eps), impl)
 
 
@@ -340,7 +345,7 @@ def in_one_call(
     grad = torch.is_grad_enabled()
     if not _fits(x, branch, compute) or (grad and not all(p.requires_grad for p in parameters)):
         return None
-    facts = _facts(x, parameters, heads)
+    facts = _facts(x, parameters, heads, compute)
     if not _serves(PARTS, grad, x.shape[1], *facts.values(), registry.asked(), attention_table.asked()):
         return None
     return _run(x, branch, parameters, heads, factor, drop, eps, "native")
@@ -355,7 +360,7 @@ def packed_in_one_call(x: Tensor, branch: Tensor | None, products: Sequence[obje
     width, hidden = x.shape[2], cast(PackedLinear, products[2]).outputs
     parts = tuple(name for name in PARTS if name not in ("linear", "bias_gelu"))
     asked = registry.asked(), attention_table.asked()
-    return _serves(parts, False, x.shape[1], x.dtype, frozenset(), heads, width, hidden, *asked)
+    return _serves(parts, False, x.shape[1], x.dtype, torch.bfloat16, frozenset(), heads, width, hidden, *asked)
 
 
 def _fits(x: Tensor, branch: Tensor | None, compute: torch.dtype) -> bool:
@@ -369,15 +374,22 @@ def _serves(
     grad: bool,
     keys: int,
     x: torch.dtype,
+    half: torch.dtype,
     kinds: frozenset[torch.dtype],
     heads: int,
     width: int,
     hidden: int,
     *_: str | None,  # the backends that are asked for: other ones, another answer
 ) -> bool:
-    half = torch.bfloat16
     facts: dict[str, dict[str, Any]] = {
-        "pre_norm_block": {"x": x, "parameters": kinds, "heads": heads, "width": width, "hidden": hidden},
+        "pre_norm_block": {
+            "x": x,
+            "branch": half,
+            "parameters": kinds,
+            "heads": heads,
+            "width": width,
+            "hidden": hidden,
+        },
         "add_norm": {"dtypes": (x, half), "wide": False},
         "linear": {"x": half, "weight": torch.float32, "even": True},
         "bias_gelu": {"dtypes": (half,)},
@@ -388,20 +400,26 @@ def _serves(
     return attention_table.choose("cpu", half, keys, width // heads, grad) == "short"
 
 
-def _facts(x: Tensor, parameters: Parameters, heads: int) -> dict[str, Any]:
+def _facts(x: Tensor, parameters: Parameters, heads: int, dtype: torch.dtype) -> dict[str, Any]:
     kinds = frozenset(p.dtype for p in parameters)
     hidden, width = parameters.fc1_weight.shape
-    return {"x": x.dtype, "parameters": kinds, "heads": heads, "width": width, "hidden": hidden}
+    return {"x": x.dtype, "branch": dtype, "parameters": kinds, "heads": heads, "width": width, "hidden": hidden}
 
 
 def _check(
-    x: Tensor, branch: Tensor | None, parameters: Parameters, heads: int, factor: Tensor | None, drop: Tensor | None
+    x: Tensor,
+    branch: Tensor | None,
+    parameters: Parameters,
+    heads: int,
+    factor: Tensor | None,
+    drop: Tensor | None,
+    dtype: torch.dtype,
 ) -> None:
     kinds = (*FLOAT_DTYPES, torch.float64)
     check_tensor("x", x, dtypes=kinds, shape=(None, None, None))
     batch, length, width = x.shape
     if branch is not None:
-        check_tensor("branch", branch, dtypes=(torch.bfloat16,), shape=(batch, length, width), like=x)
+        check_tensor("branch", branch, dtypes=(dtype,), shape=(batch, length, width), like=x)
     if not isinstance(heads, int) or heads < 1 or width % heads or not width:
         raise ValueError(f"heads: expected a divisor of the width {width}, got {heads!r}")
     check_tensor("fc1_weight", parameters.fc1_weight, dtypes=kinds, shape=(None, width), like=x)

@@ -63,13 +63,14 @@ def test_what_others_offer_is_timed_too() -> None:
     ]  # fmt: skip
 
 
-def test_the_fast_form_is_left_out_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``linear`` has one for bf16 on some processors; asked for by name elsewhere, it would raise."""
+@pytest.mark.parametrize("name", sorted(cases.SOMEWHERE))
+def test_the_fast_form_is_left_out_where_it_cannot_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These have one for bf16 on some processors; asked for by name elsewhere, it would raise."""
     monkeypatch.setattr(cases, "why_not", lambda *_, **__: [])
-    there = cases.providers(cases.build("linear", SMALL, "cpu", seed=0), "fwd")
+    there = cases.providers(cases.build(name, SMALL, "cpu", seed=0), "fwd")
     assert [p.name for p in there if p.role == "ours"] == ["native bf16"]
     monkeypatch.setattr(cases, "why_not", lambda *_, **__: ["another processor"])
-    elsewhere = cases.providers(cases.build("linear", SMALL, "cpu", seed=0), "fwd")
+    elsewhere = cases.providers(cases.build(name, SMALL, "cpu", seed=0), "fwd")
     assert [p for p in elsewhere if p.role == "ours"] == [] and len(elsewhere) == len(there) - 1
 
 

@@ -22,7 +22,8 @@ from cohobate.kernels.transformer.block import (
 )
 from cohobate.models.layers import Block, Linear, Stream, set_checkpointing
 
-FACTS: dict[str, Any] = {"x": torch.float32, "parameters": frozenset(), "heads": 2, "width": 64, "hidden": 256}
+FACTS: dict[str, Any] = {"x": torch.float32, "branch": torch.bfloat16, "parameters": frozenset()}
+FACTS |= {"heads": 2, "width": 64, "hidden": 256}
 REASONS = why_not("pre_norm_block", "native", "cpu", **FACTS)
 fast_only = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS))
 HALF = torch.bfloat16
