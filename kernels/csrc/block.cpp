@@ -14,6 +14,7 @@
 #pragma weak aoti_record_function_start  // absent: kernels have no names
 #pragma weak aoti_record_function_end
 
+#ifdef COHOBATE_X86
 namespace cohobate {
 namespace {
 
@@ -51,7 +52,8 @@ const float* read(const std::optional<Tensor>& x) { return x ? read<float>(*x) :
 // Consecutive parts of one tensor.
 class Parts {
  public:
-  explicit Parts(Tensor& whole) : next_(static_cast<char*>(whole.mutable_data_ptr())), end_(next_ + whole.numel() * whole.element_size()) {}
+  explicit Parts(Tensor& whole)
+      : next_(static_cast<char*>(whole.mutable_data_ptr())), end_(next_ + whole.numel() * whole.element_size()) {}
 
   template <class T>
   T* take(int64_t count) {
@@ -100,8 +102,6 @@ void attend(const Sizes& s, bf16* qkv, bf16* out) {
   COHOBATE_DISPATCH(attention)
   (attention_shape(s), head_rows(qkv, s, 3, 0), head_rows(qkv, s, 3, 1), head_rows(qkv, s, 3, 2), head_rows(out, s, 1, 0));
 }
-
-#ifdef COHOBATE_X86
 
 // What is kept for the backward pass, in the order in which it is written.
 struct Kept {
@@ -153,7 +153,10 @@ BiasGelu gelu(const Sizes& s, const bf16* hidden, const std::vector<float>& zero
   return {hidden, Dtype::bf16, s.hidden, s.rows(), s.hidden, zeros.data(), false};
 }
 
-Sizes sizes_of(const Tensor& x, int64_t hidden, int64_t heads) { return {x.size(0), x.size(1), x.size(2), hidden, heads}; }
+Sizes sizes_of(const Tensor& x, int64_t hidden, int64_t heads) {
+  STD_TORCH_CHECK(isa() == Isa::avx512bf16, "block: expected a processor with avx512_bf16");
+  return {x.size(0), x.size(1), x.size(2), hidden, heads};
+}
 
 void block(const Tensor& x, const std::optional<Tensor>& branch, const std::optional<Tensor>& factor,
            const std::optional<Tensor>& drop, const Tensors& weights, int64_t heads, double eps, std::optional<Tensor> first,
@@ -179,8 +182,9 @@ void block(const Tensor& x, const std::optional<Tensor>& branch, const std::opti
   p.fc2.forward(kept.activated, write<bf16>(out), s.rows());
 }
 
-void norm_backward(const Sizes& s, const void* grad_sum, const bf16* grad_normed, const void* sum, Dtype dtype, const float* stats,
-                   const float* factor, const float* weight, int64_t chunk, void* dx, bf16* dbranch, float* affine) {
+void norm_backward(const Sizes& s, const void* grad_sum, const bf16* grad_normed, const void* sum, Dtype dtype,
+                   const float* stats, const float* factor, const float* weight, int64_t chunk, void* dx, bf16* dbranch,
+                   float* affine) {
   Named named("cohobate::add_norm_backward");
   const int64_t batch_stride = s.length * s.width;
   COHOBATE_DISPATCH(add_norm_backward)
@@ -262,10 +266,9 @@ void blocks_packed(const Tensor& x, const std::optional<Tensor>& branch, const T
   }
 }
 
-#endif
-
 }  // namespace
 }  // namespace cohobate
+#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cohobate_native, m) {
   m.def(
