@@ -42,8 +42,8 @@ from cohobate.kernels.transformer.fp8 import NATIVE_DTYPES, dtype_reasons
 from cohobate.kernels.transformer.linear import PackedLinear, linear_cost, linear_reference
 
 PARTS = ("pre_norm_block", "add_norm", "linear", "short_attention", "bias_gelu")
-MATRICES, VECTORS = (2, 4, 8, 10), (0, 1, 3, 5, 6, 7, 9, 11)  # places in Parameters
-
+FC1 = 8  # place of its weight in Parameters
+MATRICES, VECTORS = (2, 4, FC1, 10), (0, 1, 3, 5, 6, 7, 9, 11)  # of the products' weights, and of all else
 
 Products = Sequence[PackedLinear]  # qkv, proj, fc1, fc2
 
@@ -121,7 +121,7 @@ def _forward_native(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = x.new_empty(0) if branch is None else recycled(x.shape, x.dtype)
-    kept = recycled(_kept(x, parameters[8].shape[0]), torch.bfloat16)
+    kept = recycled(_kept(x, parameters[FC1].shape[0]), torch.bfloat16)
     total, out = recycled(x.shape, x.dtype), recycled(x.shape, torch.bfloat16)
     torch.ops.cohobate_native.block.default(
         x, branch, factor, drop, parameters, heads, eps, None if branch is None else first, kept, total, out
@@ -142,7 +142,7 @@ def _backward_native(
     wants_branch: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     batch, length, width = total.shape
-    hidden = parameters[8].shape[0]
+    hidden = parameters[FC1].shape[0]
     wide = 2 * width + max(hidden, 3 * width) + width * total.element_size() // 2
     scratch = recycled((batch * length, wide), torch.bfloat16)
     dx, dbranch = recycled(total.shape, total.dtype), recycled(total.shape if wants_branch else (0,), torch.bfloat16)
@@ -205,7 +205,7 @@ _forward_op = define(
     "str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda x, branch, factor, drop, parameters, heads, eps: (
         x.new_empty(0) if branch is None else x.new_empty(x.shape),
-        x.new_empty(_kept(x, parameters[8].shape[0]), dtype=torch.bfloat16),
+        x.new_empty(_kept(x, parameters[FC1].shape[0]), dtype=torch.bfloat16),
         x.new_empty(x.shape),
         x.new_empty(x.shape, dtype=torch.bfloat16),
     ),
@@ -339,8 +339,8 @@ def in_one_call(
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`pre_norm_block` where it computes what its parts would, and faster; None elsewhere.
 
-    It does where ``native`` serves it, nothing asks for another backend of one of its parts, and all parameters or none
-    want a gradient. The arguments must fit.
+    It does where ``native`` serves it, nothing asks for another backend of one of its parts, and every parameter wants
+    a gradient if any is recorded. The arguments must fit.
     """
     grad = torch.is_grad_enabled()
     if not _fits(x, branch, compute) or (grad and not all(p.requires_grad for p in parameters)):
