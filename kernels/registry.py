@@ -101,6 +101,16 @@ def define(
     return op
 
 
+def count_flops(**formulas: Callable[..., int]) -> None:
+    """Let torch's FlopCounterMode count ops of :func:`define`; a formula gets shapes in place of tensors."""
+    try:
+        from torch.utils.flop_counter import register_flop_formula
+    except (AttributeError, OSError, RuntimeError):  # it imports Triton; a broken one raises any of these
+        return
+    for name, formula in formulas.items():
+        register_flop_formula(getattr(torch.ops.cohobate, name))(formula)
+
+
 def why_not(name: str, implementation: str, device: str, **facts: Any) -> list[str]:
     """Reasons why ``implementation`` of op ``name`` cannot run on ``device`` ("cpu", "cuda"); empty when it can."""
     op = OPS[name]

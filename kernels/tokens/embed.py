@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from cohobate.kernels import tuning
 from cohobate.kernels.memory import recycled
-from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
+from cohobate.kernels.registry import Cost, Op, check_tensor, choose, count_flops, define, register
 from cohobate.kernels.tokens.gather import (
     AOT_DTYPES,
     AOT_PATCHES,
@@ -541,13 +541,7 @@ def _backward_flops(grad: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return 2 * math.prod(grad[:2]) * math.prod(weight) if len(weight) == 2 else 0
 
 
-try:
-    from torch.utils.flop_counter import register_flop_formula
-except (AttributeError, OSError, RuntimeError):  # it imports Triton; a broken one raises any of these
-    pass
-else:
-    register_flop_formula(torch.ops.cohobate.embed_patches)(_forward_flops)
-    register_flop_formula(torch.ops.cohobate.embed_patches_backward)(_backward_flops)
+count_flops(embed_patches=_forward_flops, embed_patches_backward=_backward_flops)
 
 
 class _Embed(torch.autograd.Function):

@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 
 from cohobate.kernels import tuning
 from cohobate.kernels.memory import recycled
-from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, dtype_limit, register
+from cohobate.kernels.registry import Cost, Op, check_tensor, choose, count_flops, define, dtype_limit, register
 from cohobate.kernels.tokens.rows import FLOAT_DTYPES, rows_dense
 from cohobate.kernels.triton_support import architecture, jit, tl, triton
 
@@ -464,13 +464,7 @@ def _backward_flops(grad: Any, packed: Any, *_: Any, **__: Any) -> int:
     return 10 * math.prod(grad) * int(packed[1])
 
 
-try:
-    from torch.utils.flop_counter import register_flop_formula
-except (AttributeError, OSError, RuntimeError):  # it imports Triton; a broken one raises any of these
-    pass
-else:
-    register_flop_formula(torch.ops.cohobate.short_attention)(_forward_flops)
-    register_flop_formula(torch.ops.cohobate.short_attention_backward)(_backward_flops)
+count_flops(short_attention=_forward_flops, short_attention_backward=_backward_flops)
 
 
 class _Attention(torch.autograd.Function):

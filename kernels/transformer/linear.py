@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from cohobate.kernels import native
 from cohobate.kernels.memory import recycled
-from cohobate.kernels.registry import Cost, Op, check_tensor, choose, define, register
+from cohobate.kernels.registry import Cost, Op, check_tensor, choose, count_flops, define, register
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -176,13 +176,7 @@ def _backward_flops(grad: Any, x: Any, weight: Any, wants_x: bool, wants_weight:
     return (wants_x + wants_weight) * _forward_flops(x, weight)
 
 
-try:
-    from torch.utils.flop_counter import register_flop_formula
-except (AttributeError, OSError, RuntimeError):  # it imports Triton; a broken one raises any of these
-    pass
-else:
-    register_flop_formula(torch.ops.cohobate.linear)(_forward_flops)
-    register_flop_formula(torch.ops.cohobate.linear_backward)(_backward_flops)
+count_flops(linear=_forward_flops, linear_backward=_backward_flops)
 
 
 class _Linear(torch.autograd.Function):
