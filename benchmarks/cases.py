@@ -711,7 +711,9 @@ def _pre_norm_block(s: Sizes, random: _Random) -> KernelCase:
         f"{s.batch} x {rows} rows, width {w}, fp32 residual and weights",
         Call(functools.partial(literal.pre_norm_block, heads), tensors),
         Call(ours, tensors),
-        lambda mode, size: _both(mode, pre_norm_block_cost(*sizes), pre_norm_block_cost(*sizes, backward=True)),
+        lambda mode, size: _both(
+            mode, pre_norm_block_cost(*sizes, size), pre_norm_block_cost(*sizes, size, backward=True)
+        ),
         leaves=("residual", *(name for name in tensors if name.startswith("fp32_"))),
         upstream=random.floats(s.batch, rows, w),
         tolerance={"bf16": 0.03},  # ten roundings of 2^-9, one behind the other

@@ -91,15 +91,23 @@ def pre_norm_block_reference(
 
 
 def pre_norm_block_cost(
-    batch: int, length: int, width: int, hidden: int, heads: int, x_itemsize: int, *, backward: bool = False
+    batch: int,
+    length: int,
+    width: int,
+    hidden: int,
+    heads: int,
+    x_itemsize: int,
+    itemsize: int,
+    *,
+    backward: bool = False,
 ) -> Cost:
-    """Floor: the sum of its parts'."""
+    """Floor: the sum of its parts', branches of ``itemsize`` bytes a value."""
     rows = batch * length
-    norm = add_norm_cost(rows, width, x_itemsize, 2, branch_itemsize=2, backward=backward)
-    parts = [norm, norm, attention_cost(batch, length, length, heads, width // heads, 2, backward=backward)]
+    norm = add_norm_cost(rows, width, x_itemsize, itemsize, branch_itemsize=itemsize, backward=backward)
+    parts = [norm, norm, attention_cost(batch, length, length, heads, width // heads, itemsize, backward=backward)]
     for inputs, outputs in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
-        parts.append(linear_cost(rows, inputs, outputs, 2, backward=backward))
-    parts.append(bias_gelu_cost(rows, hidden, 2, backward=backward))
+        parts.append(linear_cost(rows, inputs, outputs, itemsize, backward=backward))
+    parts.append(bias_gelu_cost(rows, hidden, itemsize, backward=backward))
     return Cost(bytes=sum(part.bytes for part in parts), flops=sum(part.flops for part in parts))
 
 

@@ -131,7 +131,7 @@ def torchs(given: dict[str, Any], p: Parameters, factor: Tensor | None, drop: Te
 
 
 @fast_only
-def test_without_a_gradient_the_same_and_nothing_is_kept() -> None:
+def test_without_a_gradient_the_same_and_no_graph() -> None:
     block, given = made(), inputs((2, 9, 64), torch.float32, True, False)
     stream = Stream(given["x"], given["branch"])
     with torch.no_grad():
@@ -251,9 +251,11 @@ def products(batch: int, length: int) -> int:
 
 
 def test_the_floor_is_that_of_its_parts() -> None:
-    forward, backward = (pre_norm_block_cost(2, 9, 64, 256, 2, 4, backward=way) for way in (False, True))
+    forward, backward = (pre_norm_block_cost(2, 9, 64, 256, 2, 4, 2, backward=way) for way in (False, True))
     assert products(2, 9) < forward.flops < 1.1 * products(2, 9)  # norms and GELU beside them
     assert 2 * forward.flops < backward.flops < 2.2 * forward.flops and backward.bytes > forward.bytes
+    wide = pre_norm_block_cost(2, 9, 64, 256, 2, 4, 4)
+    assert wide.flops == forward.flops and forward.bytes < wide.bytes < 2 * forward.bytes  # parameters are fp32 in both
 
 
 @fast_only
