@@ -243,8 +243,10 @@ class FrozenTeacher(nn.Module):
         """Blocks from number ``start`` on that one call computes: nothing is read between them."""
         run: list[Products] = []
         for number in range(start, self.depth + (not pruned)):  # a pruned last block stands apart
+            if run and number - 1 in layers:
+                break
             packed = self._blocks[number - 1].packed(x, branch, self.heads)
-            if packed is None or (run and number - 1 in layers):
+            if packed is None:
                 break
             run.append(packed)
         return run
