@@ -302,6 +302,8 @@ def _rank(rank: int, world: int, folder: Path, recipe: str, common: list[str], s
         exchange = statistics.median(exchanges) if exchanges else 0.0
         (folder / "found.json").write_text(json.dumps({"ms": times[1:], "exchange_s": exchange}))
     dist.destroy_process_group()
+    # gloo's threads outlive the group, and one that still drops a tensor while the interpreter ends aborts the process.
+    os._exit(0)
 
 
 # -- table and figure --------------------------------------------------------------------------------------------------
