@@ -20,12 +20,19 @@ struct Operands;  // names the workspace
 
 static inline uint32_t* operands(int64_t elements) { return static_cast<uint32_t*>(workspace<Operands>(elements * 4)); }
 
-// Rows of a task: few enough for its part of A to stay in the second-level cache, and about the same in every task.
-static inline int64_t chunk_of(int64_t rows, int64_t depth) {
-  const int64_t most = std::max(4 * kRows, kCached / std::max<int64_t>(depth, 1) / kRows * kRows);
-  const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1);
-  return std::max(kRows, ((rows + chunks - 1) / chunks + kRows - 1) / kRows * kRows);
-}
+// Rows of A in parts: few enough for a part to stay in the second-level cache, and alike to a tile, so that threads end together.
+class Parts {
+ public:
+  Parts(int64_t rows, int64_t depth) : rows_(rows), tiles_((rows + kRows - 1) / kRows) {
+    const int64_t most = std::max<int64_t>(4, kCached / std::max<int64_t>(depth, 1) / kRows);
+    count_ = (tiles_ + most - 1) / most;
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t part) const { return std::min(rows_, part * tiles_ / count_ * kRows); }
+
+ private:
+  int64_t rows_, tiles_, count_;
+};
 
 static inline int64_t panels_of(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 
@@ -174,12 +181,13 @@ struct GeluTanh {
 template <class Act, class B>
 static void rows_times_panels(const bf16* x, const uint32_t* b, const B* bias, bf16* out, int64_t rows, int64_t depth,
                               int64_t columns) {
-  const int64_t panels = panels_of(columns), chunk = chunk_of(rows, depth), chunks = (rows + chunk - 1) / chunk;
+  const int64_t panels = panels_of(columns);
+  const Parts parts(rows, depth);
   const uint32_t* a = reinterpret_cast<const uint32_t*>(x);
 #pragma omp for schedule(static)
-  for (int64_t task = 0; task < chunks * panels; ++task) {
-    const int64_t start = task / panels * chunk, first = task % panels * kColumns;
-    const int64_t stop = std::min(rows, start + chunk), wide = std::min(kColumns, columns - first);
+  for (int64_t task = 0; task < parts.count() * panels; ++task) {
+    const int64_t start = parts.begin(task / panels), stop = parts.begin(task / panels + 1);
+    const int64_t first = task % panels * kColumns, wide = std::min(kColumns, columns - first);
     const uint32_t* panel = b + task % panels * depth * kColumns;
     Vector shift[kVectors] = {};
     for (int64_t v = 0; bias && v < kVectors; ++v) shift[v] = floats(bias + first + v * kLanes, lanes(wide - v * kLanes));
@@ -234,7 +242,7 @@ void linear_dx(const bf16* grad, const float* weight, bf16* dx, int64_t rows, in
 
 void linear_dw(const bf16* grad, const bf16* x, float* dweight, float* dbias, int64_t rows, int64_t inputs, int64_t outputs) {
   const int64_t depth = (rows + 1) / 2, panels = panels_of(inputs), strips = (outputs + kLanes - 1) / kLanes;
-  const int64_t chunk = chunk_of(outputs, depth), chunks = (outputs + chunk - 1) / chunk;
+  const Parts parts(outputs, depth);
   const int64_t packs = (depth + kPack - 1) / kPack;
   uint32_t *a = operands((strips * kLanes + panels * kColumns) * depth + packs * outputs), *b = a + strips * kLanes * depth;
   float* sums = reinterpret_cast<float*>(b + panels * kColumns * depth);
@@ -248,9 +256,9 @@ void linear_dw(const bf16* grad, const bf16* x, float* dweight, float* dbias, in
       pack_rows(grad, rows, outputs, begin, end, a, dbias ? sums + i * outputs : nullptr);
     }
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < chunks * panels; ++task) {
+    for (int64_t task = 0; task < parts.count() * panels; ++task) {
+      const int64_t start = parts.begin(task / panels), stop = parts.begin(task / panels + 1);
       const int64_t first = task % panels * kColumns, wide = std::min(kColumns, inputs - first);
-      const int64_t start = task / panels * chunk, stop = std::min(outputs, start + chunk);
       for (int64_t i = start; i < stop; i += kRows)
         tile_at(a + i * depth, 1, kRows, b + task % panels * depth * kColumns, depth, std::min(kRows, stop - i),
                 padded(wide) / kLanes, [&](int r, int v, Vector values) {
