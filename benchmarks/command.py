@@ -148,7 +148,7 @@ def cells(row: Row, mfu: bool = False) -> list[str]:
         *["-" if row.mfu is None else f"{row.mfu:.0%}"] * mfu,
         *(ratio_text(row, against) for against in ("eager", "compile", "best other")),
         "-" if worst is None else f"{worst:.0e}",
-        "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",
+        _figure(row.peak_mb),
     ]
 
 
